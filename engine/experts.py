@@ -1,0 +1,216 @@
+"""The experts hook: what transformers calls instead of its own experts, for every architecture.
+
+`ExpertsInterface` routes each experts module's forward here with the hidden states, the chosen
+experts and their weights. Decode leases the few experts of a token, computes those that are there
+while the others are read, and takes them as they arrive; prefill streams each expert of the layer
+once. Outputs are summed in the order of the top-k slots, whatever order they were computed in: the
+result does not depend on where an expert was.
+"""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from tierrun.engine.architecture import experts_modules
+from tierrun.engine.codecs.dense import matrix_view
+from tierrun.engine.kernels.cpu import CpuKernels
+from tierrun.engine.lookahead import Lookahead
+from tierrun.engine.model import EXPERTS_IMPLEMENTATION
+from tierrun.io.store import Manifest
+from tierrun.tiers.ledger import LayerTiming, Ledger
+from tierrun.tiers.residency import Held, Lease, Residency
+from tierrun.tiers.tier import Tier
+
+_hooks: "WeakKeyDictionary[nn.Module, ExpertsHook]" = WeakKeyDictionary()
+
+
+class Interrupted(Exception):
+    """The user asked to stop; raised between layers, where nothing is half done."""
+
+
+class ExpertsHook:
+    """Computes the experts of one model from one residency."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        manifest: Manifest,
+        residency: Residency,
+        kernels: CpuKernels,
+        ledger: Ledger,
+        lookahead: Lookahead | None,
+        prefill_window: int,
+    ) -> None:
+        self._manifest, self._residency, self._kernels = manifest, residency, kernels
+        self._ledger, self._lookahead, self._window = ledger, lookahead, prefill_window
+        self._layer_of = {module: i for i, module in enumerate(experts_modules(model).values())}
+        self._views: dict[tuple[str, int, int], dict[str, torch.Tensor]] = {}
+        self._last_end = time.perf_counter()
+        self.usage = [torch.zeros(len(x.records), dtype=torch.int64) for x in manifest.layers]
+        self.interrupted = False
+        for module in self._layer_of:
+            _hooks[module] = self
+
+    def start_forward(self) -> None:
+        """A forward pass begins: its first layer's resident time counts from here."""
+        self._residency.next_step()
+        self._last_end = time.perf_counter()
+
+    def __call__(
+        self, module: nn.Module, hidden: torch.Tensor, top_k: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`hidden` [tokens, H], `top_k` and `weights` [tokens, k] → [tokens, H]."""
+        if self.interrupted:
+            raise Interrupted
+        layer = self._layer_of[module]
+        started, waited = time.perf_counter(), self._ledger.counters.wait_seconds
+        reads = self._ledger.counters.cold
+        self.usage[layer] += torch.bincount(top_k.flatten(), minlength=len(self.usage[layer]))
+        work = _LayerWork(module, hidden, top_k, weights)
+        if self._lookahead is not None:
+            self._lookahead.observe(layer, top_k)
+        if len(work.experts) <= self._manifest.layers[layer].top_k:
+            hits, computed = self._decode(layer, work)
+        else:
+            hits, computed = self._prefill(layer, work)
+        nbytes = (self._ledger.counters.cold - reads) * self._manifest.class_of(layer).nbytes
+        waited = self._ledger.counters.wait_seconds - waited
+        self._record(
+            layer, len(hidden), started - self._last_end, hits, computed - hits, waited, nbytes
+        )
+        return work.result()
+
+    def end_forward(self, tokens: int) -> None:
+        """The forward pass is over: what came after the last experts is resident compute too."""
+        resident = time.perf_counter() - self._last_end
+        self._record(len(self._manifest.layers), tokens, resident, 0.0, 0.0, 0.0, 0)
+
+    def _record(
+        self,
+        layer: int,
+        tokens: int,
+        resident: float,
+        hits: float,
+        misses: float,
+        wait: float,
+        read_bytes: int,
+    ) -> None:
+        step = self._residency.placement.step
+        timing = LayerTiming(step, layer, tokens, resident, hits, misses, wait, read_bytes)
+        self._ledger.timings.append(timing)
+        self._last_end = time.perf_counter()
+
+    def _decode(self, layer: int, work: "_LayerWork") -> tuple[float, float]:
+        """Hits first, then misses as they arrive; seconds of compute for hits and for all."""
+        with self._residency.lease(layer, work.experts) as lease:
+            self._look_ahead(layer)
+            hits = self._compute_all(list(lease.ready), work)
+            misses = self._compute_arrivals(lease, work)
+        return hits, hits + misses
+
+    def _look_ahead(self, layer: int) -> None:
+        if self._lookahead is None:
+            return
+        experts = self._lookahead.predict(layer + 1)
+        if experts:
+            self._residency.look_ahead(layer + 1, experts)
+
+    def _compute_arrivals(self, lease: Lease, work: "_LayerWork") -> float:
+        return sum(self._compute_all([held], work) for held in lease.arrivals())
+
+    def _prefill(self, layer: int, work: "_LayerWork") -> tuple[float, float]:
+        """Every expert once, most used first; seconds of compute for hits and for all."""
+        counters = self._ledger.counters
+        cold, hits, computed = counters.cold, 0.0, 0.0
+        for held in self._residency.stream(layer, work.experts, self._window):
+            seconds = self._compute_all([held], work)
+            computed += seconds
+            hits += seconds if cold == counters.cold else 0.0
+            cold = counters.cold
+        self._residency.used(layer, work.last_experts())
+        return hits, computed
+
+    def _compute_all(self, held: Iterable[Held], work: "_LayerWork") -> float:
+        started = time.perf_counter()
+        for expert, tier, slot in held:
+            work.add(expert, self._matrices(tier, slot), self._kernels)
+        return time.perf_counter() - started
+
+    def _matrices(self, tier: Tier, slot: int) -> dict[str, torch.Tensor]:
+        """Typed views of the slot's record, made once: slots never move."""
+        record_class = int(tier.record_class[slot])
+        key = (tier.name, slot, record_class)
+        views = self._views.get(key)
+        if views is None:
+            record = tier.memory(slot)
+            matrices = self._manifest.classes[record_class].matrices
+            views = {matrix.name: matrix_view(record, matrix) for matrix in matrices}
+            self._views[key] = views
+        return views
+
+
+class _LayerWork:
+    """One call of an experts module: which tokens want which experts, and their outputs so far."""
+
+    def __init__(
+        self, module: nn.Module, hidden: torch.Tensor, top_k: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        self._module, self._hidden, self._weights = module, hidden, weights
+        self._top_k = top_k
+        self._outputs = hidden.new_zeros(*top_k.shape, hidden.shape[-1])
+        experts, uses = torch.unique(top_k, return_counts=True)
+        self.experts: list[int] = experts[uses.argsort(descending=True, stable=True)].tolist()
+
+    def last_experts(self) -> list[int]:
+        """What the last token chose: the best guess at what decode will want."""
+        chosen: list[int] = self._top_k[-1].tolist()
+        return chosen
+
+    def add(self, expert: int, matrices: dict[str, torch.Tensor], kernels: CpuKernels) -> None:
+        """Compute `expert` for every token that chose it."""
+        tokens, positions = (self._top_k == expert).nonzero(as_tuple=True)
+        y = _expert(self._module, self._hidden[tokens], matrices, kernels)
+        self._outputs[tokens, positions] = y * self._weights[tokens, positions, None]
+
+    def result(self) -> torch.Tensor:
+        """The weighted sum over the top-k slots, [tokens, H]."""
+        return self._outputs.sum(dim=1).to(self._hidden.dtype)
+
+
+def _expert(
+    module: nn.Module, x: torch.Tensor, matrices: dict[str, torch.Tensor], kernels: CpuKernels
+) -> torch.Tensor:
+    """One expert's MLP as its module defines it: `x` [n, H] → [n, H].
+
+    Follows `batched_mm_experts_forward` of transformers, one expert at a time.
+    """
+    theirs: Any = module
+    up = "gate_up_proj" if theirs.has_gate else "up_proj"
+    h = kernels.linear(x, matrices[up], _bias(matrices, up))
+    h = theirs._apply_gate(h) if theirs.has_gate else theirs.act_fn(h)
+    y = kernels.linear(h, matrices["down_proj"], _bias(matrices, "down_proj"))
+    z: torch.Tensor = theirs.post_expert_norm(y) if theirs.has_post_expert_norm else y
+    return z
+
+
+def _bias(matrices: dict[str, torch.Tensor], name: str) -> torch.Tensor | None:
+    bias = matrices.get(f"{name}_bias")
+    return None if bias is None else bias.to(torch.float32)
+
+
+def _experts_forward(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """What transformers calls; finds the hook of the engine that `module` belongs to."""
+    return _hooks[module](module, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _experts_forward)

@@ -1,0 +1,65 @@
+"""Linear and embedding modules whose weights stay as stored, mapped from the store's files.
+
+The module keeps its class's behaviour (an embedding that scales its rows goes on scaling them): a
+class between the module's own and torch's answers the inner `forward`. The `weight` attribute is a
+placeholder of NaNs with the right shape and dtype and no memory behind it, so that code which reads
+it directly is found out instead of being wrong quietly.
+"""
+
+import torch
+from torch import nn
+
+from tierrun.engine.kernels.cpu import CpuKernels
+
+
+class StoredLinear(nn.Linear):
+    """`nn.Linear` over `stored` [out, in] in any float dtype; input and output fp32."""
+
+    stored: torch.Tensor
+    kernels: CpuKernels
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's name)
+        rows = input.reshape(-1, input.shape[-1])
+        y = self.kernels.linear(rows, self.stored, self.bias)
+        return y.view(*input.shape[:-1], y.shape[-1])
+
+
+class StoredEmbedding(nn.Embedding):
+    """`nn.Embedding` over `stored` [rows, dim] in any float dtype; output fp32."""
+
+    stored: torch.Tensor
+    kernels: CpuKernels
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's name)
+        return nn.functional.embedding(input, self.stored).to(torch.float32)
+
+
+def can_store(module: nn.Module) -> bool:
+    """Whether `module` reads its weight through torch's own linear or embedding forward only."""
+    kind = type(module)
+    if not isinstance(module, nn.Linear | nn.Embedding):
+        return False
+    if kind in (nn.Linear, nn.Embedding):
+        return True
+    base = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
+    between = [vars(cls) for cls in kind.__mro__[: kind.__mro__.index(base)]]
+    own = [members["forward"] for members in between if "forward" in members]
+    return all("__class__" in forward.__code__.co_freevars for forward in own)
+
+
+def store_back(module: nn.Module, stored: torch.Tensor, kernels: CpuKernels) -> nn.Parameter:
+    """Make `module` (for which `can_store`) compute with `stored`; returns its placeholder."""
+    # The class is changed in place, as quantisation libraries do, because parents hold references.
+    module.__class__ = _stored_class(type(module))
+    assert isinstance(module, StoredLinear | StoredEmbedding)
+    placeholder = torch.full((), float("nan")).expand(stored.shape)
+    module.weight = nn.Parameter(placeholder, requires_grad=False)
+    module.stored, module.kernels = stored, kernels
+    return module.weight
+
+
+def _stored_class(kind: type[nn.Module]) -> type[nn.Module]:
+    base = StoredLinear if issubclass(kind, nn.Linear) else StoredEmbedding
+    if kind in (nn.Linear, nn.Embedding):
+        return base
+    return type(f"Stored{kind.__name__}", (kind, base), {})

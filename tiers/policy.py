@@ -1,0 +1,87 @@
+"""Which expert to keep: replacement policies, pure functions of what was used when.
+
+A policy sees numbers only: experts as indices 0 … num_experts − 1 over all layers, and the step
+(one per token). It never touches slots or bytes, so the same objects replay recorded traces.
+"""
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tierrun.io.errors import UsageError
+
+Experts = NDArray[np.int64]
+"""Indices of experts, over all layers."""
+
+
+class Policy(Protocol):
+    """Ranks experts by how much it is worth to keep them.
+
+    Guarantees: `worth` changes nothing; equal calls give equal answers.
+    """
+
+    name: str
+
+    def used(self, experts: Experts, step: int) -> None:
+        """The router chose `experts` at `step`; steps never go back."""
+
+    def worth(self, experts: Experts, step: int) -> NDArray[np.float64]:
+        """The worth of each of `experts` at `step`; the lowest is evicted first."""
+
+
+class Lru:
+    """Least recently used goes first."""
+
+    name = "lru"
+
+    def __init__(self, num_experts: int) -> None:
+        self._last = np.full(num_experts, -1, dtype=np.int64)
+
+    def used(self, experts: Experts, step: int) -> None:
+        self._last[experts] = step
+
+    def worth(self, experts: Experts, step: int) -> NDArray[np.float64]:
+        return self._last[experts].astype(np.float64)
+
+
+class Lfru:
+    """Frequency over age: uses, halved every `half_life` steps, by steps since the last one.
+
+    From tinyserve's and vLLM's LFRU; the decay is added so that yesterday's topic does not hold
+    its slots for ever.
+    """
+
+    name = "lfru"
+
+    def __init__(self, num_experts: int, half_life: float = 256.0) -> None:
+        self._last = np.full(num_experts, -1, dtype=np.int64)
+        self._count = np.zeros(num_experts, dtype=np.float64)
+        self._half_life = half_life
+
+    def used(self, experts: Experts, step: int) -> None:
+        self._count[experts] = self._decayed(experts, step) + 1.0
+        self._last[experts] = step
+
+    def worth(self, experts: Experts, step: int) -> NDArray[np.float64]:
+        age = step - self._last[experts] + 1
+        return self._decayed(experts, step) / age
+
+    def _decayed(self, experts: Experts, step: int) -> NDArray[np.float64]:
+        idle = step - self._last[experts]
+        decayed: NDArray[np.float64] = self._count[experts] * np.exp2(-idle / self._half_life)
+        return decayed
+
+
+POLICIES = {policy.name: policy for policy in (Lru, Lfru)}
+
+
+def make_policy(name: str, num_experts: int) -> Policy:
+    """The policy called `name`.
+
+    Raises:
+        UsageError: no such policy.
+    """
+    if name not in POLICIES:
+        raise UsageError(f"--policy {name}: choose {' or '.join(POLICIES)}")
+    return POLICIES[name](num_experts)

@@ -1,0 +1,108 @@
+"""The slots of one tier: which expert each holds, in which state, under how many leases."""
+
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+from tierrun.io.tickets import Ticket
+from tierrun.tiers.slab import Slab
+
+NOBODY = -1
+"""Owner of a slot that holds no expert."""
+
+
+class SlotState(IntEnum):
+    """FREE → FILLING → READY → FREE; only READY slots are read, only unleased ones evicted."""
+
+    FREE = 0
+    FILLING = 1
+    READY = 2
+
+
+class Tier:
+    """Slots carved from the extents of a slab, by record class.
+
+    `owner`, `state`, `leases`, `proven` and `record_class` are arrays over slots. A slot is
+    *unproven* until a lookup has wanted what it holds: look-ahead and prefill leave such slots,
+    and they are the first to be reused.
+    """
+
+    def __init__(self, name: str, slab: Slab, record_bytes: tuple[int, ...]) -> None:
+        self.name, self.slab, self.record_bytes = name, slab, record_bytes
+        self.owner = np.empty(0, dtype=np.int64)
+        self.state = np.empty(0, dtype=np.int8)
+        self.leases = np.empty(0, dtype=np.int32)
+        self.proven = np.empty(0, dtype=np.bool_)
+        self.record_class = np.empty(0, dtype=np.int16)
+        self.tickets: dict[int, Ticket] = {}
+        self._views: list[torch.Tensor] = []
+        self._extent_of: list[int] = []
+        self._free: list[list[int]] = [[] for _ in record_bytes]
+
+    def assign(self, extent: int, record_class: int) -> None:
+        """Cut an unassigned extent into slots for `record_class`."""
+        assert extent not in self._extent_of, f"extent {extent} is assigned already"
+        nbytes = self.record_bytes[record_class]
+        count = self.slab.extent_bytes // nbytes
+        first = len(self._views)
+        self._views += [self.slab.view(extent, i * nbytes, nbytes) for i in range(count)]
+        self._extent_of += [extent] * count
+        self._free[record_class] += range(first + count - 1, first - 1, -1)
+        self.owner = np.append(self.owner, np.full(count, NOBODY))
+        self.state = np.append(self.state, np.zeros(count, np.int8))
+        self.leases = np.append(self.leases, np.zeros(count, np.int32))
+        self.proven = np.append(self.proven, np.zeros(count, np.bool_))
+        self.record_class = np.append(self.record_class, np.full(count, record_class, np.int16))
+
+    @property
+    def num_slots(self) -> int:
+        return len(self._views)
+
+    def num_slots_of(self, record_class: int) -> int:
+        return int((self.record_class == record_class).sum())
+
+    def num_free(self, record_class: int) -> int:
+        return len(self._free[record_class])
+
+    def memory(self, slot: int) -> torch.Tensor:
+        """uint8 view of the slot's bytes; stays valid as long as the tier."""
+        return self._views[slot]
+
+    def take(self, record_class: int, owner: int, *, proven: bool) -> int | None:
+        """A free slot, now FILLING for `owner`; None when there is none."""
+        if not self._free[record_class]:
+            return None
+        slot = self._free[record_class].pop()
+        self.owner[slot], self.state[slot], self.proven[slot] = owner, SlotState.FILLING, proven
+        return slot
+
+    def give(self, slot: int) -> None:
+        """Back to the free list; the slot must not be leased."""
+        assert self.leases[slot] == 0, f"slot {slot} of {self.name} is leased"
+        assert self.state[slot] != SlotState.FREE, f"slot {slot} of {self.name} is free already"
+        self.owner[slot], self.state[slot], self.proven[slot] = NOBODY, SlotState.FREE, False
+        self.tickets.pop(slot, None)
+        self._free[int(self.record_class[slot])].append(slot)
+
+    def evictable(self, record_class: int, *, unproven_only: bool = False) -> np.ndarray:
+        """Slots of the class that are READY and unleased."""
+        mask = (self.state == SlotState.READY) & (self.leases == 0)
+        mask &= self.record_class == record_class
+        if unproven_only:
+            mask &= ~self.proven
+        return np.flatnonzero(mask)
+
+    def check_integrity(self) -> None:
+        """free + filling + ready = slots, and each array tells the same story."""
+        free = sorted(slot for slots in self._free for slot in slots)
+        assert free == np.flatnonzero(self.state == SlotState.FREE).tolist(), "free list differs"
+        assert (self.owner[free] == NOBODY).all(), "a free slot has an owner"
+        held = self.owner[self.state != SlotState.FREE]
+        assert len(set(held.tolist())) == len(held) and (held >= 0).all(), (
+            "an owner holds two slots"
+        )
+        assert (self.leases >= 0).all() and (self.leases[free] == 0).all(), "a free slot is leased"
+        filling = set(np.flatnonzero(self.state == SlotState.FILLING).tolist())
+        assert filling == set(self.tickets), "filling slots and reads under way differ"
+        assert self.slab.num_extents >= len(set(self._extent_of)), "more extents than the slab has"
