@@ -8,6 +8,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel
@@ -117,19 +118,23 @@ class Session:
                 "raise -c/--ctx-size, or shorten the prompt"
             )
         keep = {"logits_to_keep": 1} if last_only and self._few_logits else {}
+        forward: Callable[..., Any] = self._model
         self._hook.start_forward()
-        with torch.inference_mode():
-            forward: Callable[..., object] = self._model
-            output = forward(
-                input_ids=torch.tensor([list(tokens)]),
-                past_key_values=self._cache,
-                use_cache=True,
-                **keep,
-            )
+        try:
+            with torch.inference_mode():
+                output = forward(
+                    input_ids=torch.tensor([list(tokens)]),
+                    past_key_values=self._cache,
+                    use_cache=True,
+                    **keep,
+                )
+        except BaseException:
+            self.reset()  # some layers have the new tokens in their cache, some do not
+            raise
         self._hook.end_forward(len(tokens))
-        self._cache = output.past_key_values  # type: ignore[attr-defined]
+        self._cache = output.past_key_values
         self.tokens += tokens
-        logits: torch.Tensor = output.logits[0].float()  # type: ignore[attr-defined]
+        logits: torch.Tensor = output.logits[0].float()
         _check_finite(logits, self._model)
         return logits
 

@@ -1,0 +1,278 @@
+"""The command line. Everything heavy is imported inside the commands, so that --help is quick."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import tierrun
+from tierrun.io.errors import TierrunError
+from tierrun.tools.arguments import (
+    Json,
+    NvmeDir,
+    StoreArgument,
+    Verbose,
+    normalise,
+    parse_ids,
+    read_prompt,
+    store_directories,
+)
+
+app = typer.Typer(
+    help="Run Mixture-of-Experts models larger than VRAM, larger than RAM, larger than both.\n\n"
+    "tierrun --nvme-dir DIR: a chat; with -p TEXT: one completion "
+    "(all options: tierrun run --help).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"tierrun {tierrun.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    store: StoreArgument = None,
+    nvme_dir: NvmeDir = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="Raw text to continue; - reads stdin.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="Prompt from a file.")] = None,
+    token_ids: Annotated[
+        str | None, typer.Option("--token-ids", help="Prompt as token ids: 1,22,333.")
+    ] = None,
+    predict: Annotated[
+        int, typer.Option("-n", "--predict", "--max-tokens", help="Tokens to make; -1: no limit.")
+    ] = -1,
+    ctx_size: Annotated[
+        int, typer.Option("-c", "--ctx-size", "--max-model-len", help="Context; 0: the model's.")
+    ] = 0,
+    threads: Annotated[
+        int, typer.Option("-t", "--threads", envvar="TIERRUN_THREADS", help="0: torch's choice.")
+    ] = 0,
+    ubatch: Annotated[
+        int, typer.Option("-ub", "--ubatch-size", help="Prompt tokens per forward pass.")
+    ] = 512,
+    temp: Annotated[
+        float | None, typer.Option("--temp", help="0: greedy. Default: the model's.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="0: off.")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="1: off.")] = None,
+    min_p: Annotated[float | None, typer.Option("--min-p", help="0: off.")] = None,
+    repeat_penalty: Annotated[
+        float | None, typer.Option("--repeat-penalty", help="1: off.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("-s", "--seed", help="Default: random.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", "-r", help="End the answer at this text.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on past end-of-sequence.")
+    ] = False,
+    fixed_tokens: Annotated[
+        str | None,
+        typer.Option("--fixed-tokens", help="Token ids fed instead of sampled ones (benchmarks)."),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", envvar="TIERRUN_DEVICE")] = "cpu",
+    vram: Annotated[
+        str,
+        typer.Option("--vram", envvar="TIERRUN_VRAM", help="Hot tier: auto, 0, 8GiB, 50%."),
+    ] = "auto",
+    ram: Annotated[
+        str, typer.Option("--ram", envvar="TIERRUN_RAM", help="Warm tier: auto, 0, 8GiB, 50%.")
+    ] = "auto",
+    io: Annotated[
+        str, typer.Option("--io", envvar="TIERRUN_IO", help="auto, direct, mmap, buffered.")
+    ] = "auto",
+    policy: Annotated[str, typer.Option("--policy", help="Replacement: lfru, lru.")] = "lfru",
+    lookahead: Annotated[
+        str, typer.Option("--lookahead", help="Read what the next layer will want: on, off.")
+    ] = "on",
+    strict: Annotated[bool, typer.Option("--strict", help="Fail instead of falling back.")] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Chat with a model, or continue a prompt (-p, -f, --token-ids, or a pipe)."""
+    _set_up_logging(verbose)
+    directories = store_directories(store, nvme_dir)
+    fixed = tuple(parse_ids(fixed_tokens, "--fixed-tokens")) if fixed_tokens else ()
+    text: str | list[int] | None
+    text = parse_ids(token_ids, "--token-ids") if token_ids else read_prompt(prompt, file)
+    from tierrun.engine.engine import load
+    from tierrun.tools.generate import Request, chat, complete
+
+    with load(
+        directories,
+        device=device,
+        vram=vram,
+        ram=ram,
+        io=io,
+        policy=policy,
+        lookahead=_switch("--lookahead", lookahead),
+        context=ctx_size,
+        ubatch=ubatch,
+        threads=threads,
+        strict=strict,
+    ) as engine:
+        sampling = engine.default_sampling(
+            temperature=temp,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repeat_penalty,
+            seed=seed,
+        )
+        request = Request(predict, sampling, tuple(stop or ()), ignore_eos, fixed)
+        if text is None:
+            chat(engine, request)
+            return
+        answer = complete(engine, text, request, as_json=as_json)
+    if answer.interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Checkpoint directory, or a Hugging Face hub id.")
+    ],
+    nvme_dir: NvmeDir = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Store floats as bf16, f16 or f32.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make a store from a Hugging Face checkpoint; interrupted, the same command continues."""
+    _set_up_logging(verbose)
+    directories = store_directories(None, nvme_dir)
+    from tierrun.tools.convert import convert as convert_checkpoint
+    from tierrun.tools.progress import progress_bar
+
+    try:
+        with progress_bar("converting") as progress:
+            convert_checkpoint(source, directories, dtype=dtype, force=force, progress=progress)
+    except KeyboardInterrupt:
+        typer.echo("tierrun: stopped; the same command continues from here", err=True)
+        raise typer.Exit(130) from None
+    _print_listing(directories, as_json=False)
+
+
+@app.command()
+def verify(store: StoreArgument = None, nvme_dir: NvmeDir = None, verbose: Verbose = False) -> None:
+    """Check every checksum of a store."""
+    _set_up_logging(verbose)
+    from tierrun.io.store import Store
+    from tierrun.tools.progress import progress_bar
+    from tierrun.tools.verify import verify as verify_store
+
+    opened = Store.open(store_directories(store, nvme_dir))
+    with progress_bar("verifying") as progress:
+        report = verify_store(opened, progress)
+    typer.echo(report.line())
+
+
+@app.command("ls")
+def list_store(
+    store: StoreArgument = None, nvme_dir: NvmeDir = None, as_json: Json = False
+) -> None:
+    """Print what a store holds."""
+    _print_listing(store_directories(store, nvme_dir), as_json=as_json)
+
+
+@app.command()
+def stats(
+    store: StoreArgument = None,
+    nvme_dir: NvmeDir = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Write the curve to this PNG file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show which experts were used, over all runs of a store."""
+    from rich.console import Console
+
+    from tierrun.io.store import read_manifest
+    from tierrun.tiers.usage import UsageFile
+    from tierrun.tools import stats as statistics
+
+    root = store_directories(store, nvme_dir)[0]
+    usage = UsageFile(root, read_manifest(root)).read()
+    if plot is not None:
+        statistics.plot(usage, plot)
+    if as_json:
+        typer.echo(json.dumps(statistics.record(usage)))
+    else:
+        Console().print(statistics.table(usage))
+
+
+@app.command()
+def demo(
+    nvme_dir: Annotated[
+        Path | None,
+        typer.Option("--nvme-dir", help="Where its store goes. Default: the user's cache."),
+    ] = None,
+    predict: Annotated[int, typer.Option("-n", "--predict", help="Tokens per prompt.")] = 160,
+    verbose: Verbose = False,
+) -> None:
+    """Convert the model that comes with tierrun and run it, a fifth of it in each tier."""
+    _set_up_logging(verbose)
+    from tierrun.tools.demo.run import run_demo
+
+    run_demo(nvme_dir, predict)
+
+
+def _print_listing(directories: list[Path], *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from tierrun.io.store import Store
+    from tierrun.tools import listing
+
+    opened = Store.open(directories)
+    if as_json:
+        typer.echo(json.dumps(listing.as_json(opened)))
+    else:
+        Console().print(listing.listing(opened))
+
+
+def _switch(flag: str, text: str) -> bool:
+    if text not in ("on", "off"):
+        raise typer.BadParameter(f"{flag} is on or off, not {text!r}")
+    return text == "on"
+
+
+def _set_up_logging(verbose: bool) -> None:
+    """Warnings to stderr, with -v decisions too; transformers only when something is wrong."""
+    logging.basicConfig(format="tierrun: %(message)s", level=logging.WARNING)
+    logging.getLogger("tierrun").setLevel(logging.INFO if verbose else logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def main() -> None:
+    """Entry point: run the command; one line and an exit code for whatever goes wrong."""
+    group: Any = typer.main.get_command(app)
+    options = [param for param in group.commands["run"].params if not getattr(param, "is_flag", 0)]
+    takes_value = {name for param in options for name in param.opts if name.startswith("-")}
+    argv = normalise(sys.argv[1:], group.commands, takes_value)
+    try:
+        app(argv)
+    except TierrunError as error:
+        typer.echo(f"tierrun: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,219 @@
+"""From a Hugging Face checkpoint to a store, record by record; killed at any moment, it continues."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from xxhash import xxh3_128_hexdigest
+
+import tierrun
+from tierrun.engine.architecture import build_meta, read_config
+from tierrun.io.errors import UsageError
+from tierrun.io.store import Manifest, RecordClass
+from tierrun.tools.blueprint import Blueprint, LayerRecipe, draw
+from tierrun.tools.disk import check_space, disk_errors, shard_paths
+from tierrun.tools.journal import Journal
+from tierrun.tools.layout import SHARD_BYTES, Identity, Layout, lay_out
+from tierrun.tools.mapping import map_names
+from tierrun.tools.precision import Precision, parse_dtype
+from tierrun.tools.recipes import Source
+from tierrun.tools.sources.hub import locate
+from tierrun.tools.sources.safetensors import Checkpoint
+from tierrun.tools.target import claimed, copy_model_files, finished_store, publish
+from tierrun.tools.writer import ShardWriter
+
+log = logging.getLogger(__name__)
+
+Directories = Path | str | Sequence[Path | str]
+
+
+class Progress(Protocol):
+    """Told how many bytes of the store are written, and how many there will be."""
+
+    def __call__(self, done: int, total: int, /) -> None: ...
+
+
+class Item(NamedTuple):
+    """What is written and journaled as one: a record or a resident weight, in pieces."""
+
+    shard: int
+    offset: int
+    nbytes: int
+    pieces: Callable[[Source], Iterator[torch.Tensor]]
+
+
+def convert(
+    src: Path | str,
+    nvme_dir: Directories,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Make a store of the checkpoint `src` (a directory or a hub id) in `nvme_dir`.
+
+    Several directories share the experts; the first holds everything else. An interrupted
+    conversion is continued by the same call; a finished one is left as it is. `dtype` (bf16, f16,
+    f32) converts floating-point weights, `force` replaces what the directories hold.
+
+    Raises:
+        CheckpointError, ModelError: the source cannot be converted.
+        UsageError: the directories cannot be written or hold something else.
+        DiskFullError: no room; make some and call again.
+    """
+    directories = _directories(nvme_dir)
+    asked = parse_dtype(dtype)
+    source = locate(src)
+    with Checkpoint.open(source.directory) as checkpoint:
+        blueprint, layout = plan(checkpoint, source.name, len(directories), asked, shard_bytes)
+        manifest = None if force else finished_store(directories, layout.manifest)
+        if manifest is not None:
+            log.info("%s is already converted", directories[0])
+            return manifest
+        with claimed(directories, force=force) as journal:
+            return _write(checkpoint, blueprint, layout, directories, journal, progress)
+
+
+def plan(
+    checkpoint: Checkpoint,
+    name: str,
+    num_directories: int,
+    asked: torch.dtype | None,
+    shard_bytes: int,
+) -> tuple[Blueprint, Layout]:
+    """What becomes of `checkpoint` and where it goes; reads headers only."""
+    model = build_meta(read_config(checkpoint.directory))
+    mapping = map_names(model, checkpoint.tensors, str(checkpoint.config.get("model_type")))
+    blueprint = draw(model, mapping, checkpoint, Precision.of(model, asked))
+    tool = f"tierrun {tierrun.__version__}"
+    model_id = _model_id(checkpoint, name)
+    identity = Identity(tool, model_id, model.config.model_type, checkpoint.fingerprint())
+    return blueprint, lay_out(blueprint, identity, num_directories, shard_bytes)
+
+
+def _directories(nvme_dir: Directories) -> tuple[Path, ...]:
+    several = [nvme_dir] if isinstance(nvme_dir, Path | str) else nvme_dir
+    directories = tuple(Path(directory) for directory in several)
+    if not directories:
+        raise UsageError("no directory to write to; name one with --nvme-dir")
+    if len({directory.resolve() for directory in directories}) < len(directories):
+        raise UsageError("a directory is named twice with --nvme-dir")
+    return directories
+
+
+def _model_id(checkpoint: Checkpoint, name: str) -> str:
+    """The id in config.json unless it is somebody's path, else the name of the source."""
+    recorded = checkpoint.config.get("_name_or_path")
+    if isinstance(recorded, str) and recorded and not recorded.startswith((".", "/", "~")):
+        return recorded
+    return name
+
+
+def _write(
+    checkpoint: Checkpoint,
+    blueprint: Blueprint,
+    layout: Layout,
+    directories: Sequence[Path],
+    journal: Journal,
+    progress: Progress | None,
+) -> Manifest:
+    with disk_errors(layout, directories):
+        check_space(layout, directories)
+        items = _items(blueprint, layout.manifest)
+        done = _trusted(journal.resume(_plan_id(layout)), items, shard_paths(layout, directories))
+        writer = ShardWriter(layout, directories, journal)
+        try:
+            _write_items(items, done, checkpoint, writer, progress)
+        finally:
+            writer.close()
+        checksums = [(done | writer.checksums)[index] for index in range(len(items))]
+        manifest = _with_checksums(layout.manifest, checksums)
+        copy_model_files(checkpoint.directory, directories[0])
+        publish(manifest, directories)
+        journal.remove()
+    return manifest
+
+
+def _write_items(
+    items: Sequence[Item],
+    done: Mapping[int, int],
+    source: Source,
+    writer: ShardWriter,
+    progress: Progress | None,
+) -> None:
+    total = sum(item.nbytes for item in items)
+    written = sum(items[index].nbytes for index in done)
+    for index, item in enumerate(items):
+        if index in done:
+            continue
+        offset = item.offset
+        for piece in item.pieces(source):
+            writer.write(item.shard, offset, piece)
+            offset += piece.nbytes
+            written += piece.nbytes
+            if progress is not None:
+                progress(written, total)
+        writer.finish(index)
+    writer.flush()
+
+
+def _items(blueprint: Blueprint, manifest: Manifest) -> list[Item]:
+    """Everything to write: resident weights as in the manifest, then records by layer and expert."""
+    recipes = {recipe.name: recipe for recipe in blueprint.residents}
+    items = [
+        Item(entry.shard, *entry.extent, recipes[entry.name].pieces) for entry in manifest.residents
+    ]
+    for recipe, layer in zip(blueprint.layers, manifest.layers, strict=True):
+        cls = manifest.classes[layer.record_class]
+        for expert, record in enumerate(layer.records):
+            pieces = _record_pieces(recipe, cls, expert)
+            items.append(Item(record.shard, record.offset, cls.nbytes, pieces))
+    return items
+
+
+def _record_pieces(
+    recipe: LayerRecipe, cls: RecordClass, expert: int
+) -> Callable[[Source], Iterator[torch.Tensor]]:
+    def pieces(source: Source) -> Iterator[torch.Tensor]:
+        record = torch.zeros(cls.nbytes, dtype=torch.uint8)
+        for matrix, made in zip(cls.matrices, recipe.matrices, strict=True):
+            data = made.make(source, expert).view(-1).view(torch.uint8)
+            record[matrix.extent.offset : matrix.extent.end] = data
+        yield record
+
+    return pieces
+
+
+def _trusted(
+    done: Mapping[int, int], items: Sequence[Item], paths: Sequence[Path]
+) -> dict[int, int]:
+    """Of the journaled items those whose shard is still there."""
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
+    return {
+        index: checksum
+        for index, checksum in done.items()
+        if sizes[items[index].shard] >= items[index].offset + items[index].nbytes
+    }
+
+
+def _plan_id(layout: Layout) -> str:
+    return xxh3_128_hexdigest(json.dumps([layout.manifest.to_json(), layout.homes]).encode())
+
+
+def _with_checksums(manifest: Manifest, checksums: Sequence[int]) -> Manifest:
+    """`manifest` with the checksums of its items, in the order of `_items`."""
+    remaining = iter(checksums)
+    residents = tuple(replace(entry, checksum=next(remaining)) for entry in manifest.residents)
+    layers = tuple(
+        replace(
+            layer,
+            records=tuple(record._replace(checksum=next(remaining)) for record in layer.records),
+        )
+        for layer in manifest.layers
+    )
+    return replace(manifest, residents=residents, layers=layers)

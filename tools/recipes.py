@@ -1,0 +1,193 @@
+"""How each record's matrices and each resident weight are made from tensors of the checkpoint.
+
+A recipe runs on a `Source`: on the checkpoint while writing, and before that on its shadow, tensors
+on the meta device, which proves names, shapes and dtypes without reading a byte. Only this file
+runs transformers' conversion operations.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import Concatenate, MergeModulelist
+
+from tierrun.io.errors import CheckpointError
+from tierrun.tools.mapping import Assembly
+
+PIECE_BYTES = 64 << 20
+"""Resident weights pass through memory in pieces of at most this size."""
+
+
+class Source(Protocol):
+    """Tensors by name; `sources.safetensors.Checkpoint` or a `Shadow` of it."""
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, row: int | None = None) -> torch.Tensor: ...
+
+    def elements(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Shadow:
+    """`source` without its bytes: the same answers on the meta device."""
+
+    source: Source
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.source.dtype(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(name)
+
+    def read(self, name: str, row: int | None = None) -> torch.Tensor:
+        shape = self.shape(name) if row is None else (1, *self.shape(name)[1:])
+        return torch.empty(shape, dtype=self.dtype(name), device="meta")
+
+    def elements(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return torch.empty(stop - start, dtype=self.dtype(name), device="meta")
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixRecipe:
+    """One parameter of an experts module, made one expert at a time.
+
+    `full_shape` is the module's own ([num_experts, …]); the result is [out, in], or [out] for a
+    bias. `separate` says that the checkpoint has one tensor per expert.
+    """
+
+    name: str
+    assembly: Assembly
+    model: PreTrainedModel
+    full_shape: tuple[int, ...]
+    transposed: bool
+    separate: bool
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.full_shape[:0:-1] if self.transposed else self.full_shape[1:]
+
+    def names(self, expert: int) -> list[str]:
+        """The tensors that `expert` is made of."""
+        if self.separate:
+            return [names[expert] for names in self.assembly.sources.values()]
+        return self.assembly.names
+
+    def make(self, source: Source, expert: int) -> torch.Tensor:
+        """The matrix of `expert`, contiguous, in the stored dtype.
+
+        Raises:
+            CheckpointError: transformers' operations do not give one expert from its own slices.
+        """
+        slices = self._slices(source, expert)
+        made = _run(self.assembly, slices, _OneExpert(self.model)).get(self.assembly.target)
+        wanted = [1, *self.full_shape[1:]]
+        if made is None or list(made.shape) != wanted:
+            raise CheckpointError(
+                f"{self.assembly.target}: expert {expert} wants {wanted}, "
+                f"{self.names(expert)[0]} gives {None if made is None else list(made.shape)}; "
+                "a damaged checkpoint, or an architecture that cannot be converted record by record"
+            )
+        matrix = made[0].T if self.transposed else made[0]
+        return matrix.to(self.dtype).contiguous()
+
+    def _slices(self, source: Source, expert: int) -> dict[str, list[torch.Tensor]]:
+        sources = self.assembly.sources
+        if self.separate:
+            return {pattern: [source.read(names[expert])] for pattern, names in sources.items()}
+        return {p: [source.read(name, expert) for name in names] for p, names in sources.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentRecipe:
+    """A weight outside the experts, under its name in the model."""
+
+    name: str
+    assembly: Assembly
+    model: PreTrainedModel
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def pieces(self, source: Source) -> Iterator[torch.Tensor]:
+        """The weight in memory order, flat; in small pieces unless it takes a real conversion."""
+        if not _is_streamed(self.assembly):
+            yield whole(self.assembly, self.model, source)[self.name].to(self.dtype).flatten()
+            return
+        for name in _in_order(self.assembly):
+            count, step = prod(source.shape(name)), PIECE_BYTES // 8
+            for start in range(0, count, step):
+                yield source.elements(name, start, min(start + step, count)).to(self.dtype)
+
+
+def is_separate(assembly: Assembly) -> bool:
+    """Whether the sources of an experts parameter are one tensor per expert."""
+    operations = [] if assembly.converter is None else assembly.converter.operations
+    return any(isinstance(operation, MergeModulelist) for operation in operations)
+
+
+def whole(assembly: Assembly, model: PreTrainedModel, source: Source) -> dict[str, torch.Tensor]:
+    """All parameters that `assembly` makes, by name, from whole tensors."""
+    sources = assembly.sources.items()
+    slices = {pattern: [source.read(name) for name in names] for pattern, names in sources}
+    return _run(assembly, slices, model)
+
+
+def _is_streamed(assembly: Assembly) -> bool:
+    """Whether the weight is its sources one after the other in memory."""
+    if assembly.converter is None:
+        return True
+    operations = assembly.converter.operations
+    return len(operations) == 1 and isinstance(operations[0], Concatenate) and not operations[0].dim
+
+
+def _in_order(assembly: Assembly) -> list[str]:
+    """The sources as `Concatenate` takes them: by source pattern, then as collected."""
+    patterns = assembly.converter.source_patterns if assembly.converter else assembly.sources
+    return [name for pattern in patterns for name in assembly.sources.get(pattern, ())]
+
+
+@dataclass(frozen=True, slots=True)
+class _OneExpert:
+    """The model as conversion operations look at it, if it had one expert per layer."""
+
+    model: PreTrainedModel
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return self.model.get_parameter(name)[:1]
+
+
+def _run(
+    assembly: Assembly, slices: dict[str, list[torch.Tensor]], model: Any
+) -> dict[str, torch.Tensor]:
+    """What transformers makes of `slices`, by full parameter name.
+
+    Raises:
+        CheckpointError: an operation refuses them.
+    """
+    converter = assembly.converter
+    if converter is None:
+        (tensors,) = slices.values()
+        return {assembly.target: tensors[0]}
+    for pattern, tensors in slices.items():
+        converter.collected_tensors[pattern].extend(tensors)
+    try:
+        made = converter.convert(assembly.target, model=model, config=model.config)
+    except Exception as error:  # whatever torch or an operation raises on shapes it did not expect
+        raise CheckpointError(
+            f"{assembly.target} cannot be made from {assembly.names[0]}: {error}"
+        ) from error
+    return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}

@@ -1,0 +1,85 @@
+"""What a generation cost, as one line for people and as a record for programs."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tierrun.engine.engine import TokenRecord
+from tierrun.tiers.ledger import Counters
+
+
+@dataclass(slots=True)
+class Answer:
+    """One answer: its tokens, what the queue was busy with, and the sums that people ask for.
+
+    `prompt_tokens` tokens were read before the first one; the first record carries their cost.
+    """
+
+    prompt_tokens: int
+    tokens: list[TokenRecord] = field(default_factory=list)
+    read_seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
+
+    @property
+    def seconds(self) -> float:
+        return sum(token.figures.seconds for token in self.tokens)
+
+    @property
+    def counters(self) -> Counters:
+        """The whole answer's, prompt included."""
+        total = Counters()
+        for token in self.tokens:
+            total = total + token.figures.counters
+        return total
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed: all tokens but the first, which came out of the prompt's prefill."""
+        steps = self.tokens[1:]
+        seconds = sum(token.figures.seconds for token in steps)
+        return len(steps) / seconds if seconds else 0.0
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        seconds = self.tokens[0].figures.seconds if self.tokens else 0.0
+        return self.prompt_tokens / seconds if seconds else 0.0
+
+    def line(self) -> str:
+        """`42 tok 11.3 tok/s · hot 61 % warm 30 % nvme 9 % · 0.21 GB read at 1.4 GB/s · waited …`"""
+        c = self.counters
+        lookups = max(1, c.lookups)
+        speed = c.read_bytes / self.read_seconds / 1e9 if self.read_seconds else 0.0
+        waited = c.wait_seconds / self.seconds if self.seconds else 0.0
+        return (
+            f"{len(self.tokens)} tok {self.tokens_per_second:.1f} tok/s · "
+            f"hot {c.hot / lookups:.0%} warm {c.warm / lookups:.0%} nvme {c.cold / lookups:.0%} · "
+            f"{c.read_bytes / 1e9:.2f} GB read at {speed:.1f} GB/s · waited {waited:.0%}"
+        ).replace("%", " %")
+
+    def record(self) -> dict[str, Any]:
+        """Everything, for `--json`."""
+        finish = (
+            "interrupted" if self.interrupted else self.tokens[-1].finish if self.tokens else ""
+        )
+        return {
+            "text": self.text,
+            "finish": finish,
+            "prompt_tokens": self.prompt_tokens,
+            "tokens_per_second": self.tokens_per_second,
+            "prompt_tokens_per_second": self.prompt_tokens_per_second,
+            "seconds": self.seconds,
+            "read_seconds": self.read_seconds,
+            "counters": asdict(self.counters),
+            "tokens": [
+                {
+                    "id": token.id,
+                    "text": token.text,
+                    "seconds": token.figures.seconds,
+                    "counters": asdict(token.figures.counters),
+                }
+                for token in self.tokens
+            ],
+        }
