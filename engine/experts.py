@@ -10,7 +10,7 @@ result does not depend on where an expert was.
 import time
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -26,7 +26,8 @@ from tierrun.tiers.ledger import LayerTiming, Ledger
 from tierrun.tiers.residency import Held, Lease, Residency
 from tierrun.tiers.tier import Tier
 
-_hooks: "WeakKeyDictionary[nn.Module, ExpertsHook]" = WeakKeyDictionary()
+_hooks: "WeakKeyDictionary[nn.Module, ReferenceType[ExpertsHook]]" = WeakKeyDictionary()
+"""Experts module → the hook of the engine it belongs to; keeps neither alive."""
 
 
 class Interrupted(Exception):
@@ -54,7 +55,7 @@ class ExpertsHook:
         self.usage = [torch.zeros(len(x.records), dtype=torch.int64) for x in manifest.layers]
         self.interrupted = False
         for module in self._layer_of:
-            _hooks[module] = self
+            _hooks[module] = ref(self)
 
     def start_forward(self) -> None:
         """A forward pass begins: its first layer's resident time counts from here."""
@@ -210,7 +211,9 @@ def _experts_forward(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     """What transformers calls; finds the hook of the engine that `module` belongs to."""
-    return _hooks[module](module, hidden_states, top_k_index, top_k_weights)
+    hook = _hooks[module]()
+    assert hook is not None, "the engine of this model is closed"
+    return hook(module, hidden_states, top_k_index, top_k_weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _experts_forward)

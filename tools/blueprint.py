@@ -189,7 +189,7 @@ def _residents(
             if tensor.shape != state[name].shape:
                 raise CheckpointError(
                     f"tensor {assembly.names[0]} has shape {list(tensor.shape)}, the model wants "
-                    f"{list(state[name].shape)} for {name}; do config.json and weights belong together?"
+                    f"{list(state[name].shape)} for {name}; is the config.json another model's?"
                 )
             dtype = precision.stored(name, tensor.dtype)
             residents.append(ResidentRecipe(name, assembly, model, tuple(tensor.shape), dtype))
@@ -218,9 +218,11 @@ def _tied_groups(model: PreTrainedModel) -> dict[str, set[str]]:
 
 
 def _report_unused(model: PreTrainedModel, mapping: Mapping) -> None:
-    expected = [name for name, target in mapping.unused.items() if ignored(model, target)]
-    surprising = [name for name in mapping.unused if name not in set(expected)]
-    for level, names in ((logging.INFO, expected), (logging.WARNING, surprising)):
+    """What transformers drops in silence too is told quietly; anything else may be a mistake."""
+    unused = mapping.unused.items()
+    expected = {n for n, target in unused if ignored(model, target)} | mapping.towers
+    surprising = [name for name in mapping.unused if name not in expected]
+    for level, names in ((logging.INFO, sorted(expected)), (logging.WARNING, surprising)):
         if names:
             examples = ", ".join(names[:3])
             log.log(level, "%d tensors are not used by the model: %s …", len(names), examples)

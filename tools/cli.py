@@ -159,10 +159,10 @@ def convert(
     _set_up_logging(verbose)
     directories = store_directories(None, nvme_dir)
     from tierrun.tools.convert import convert as convert_checkpoint
-    from tierrun.tools.progress import progress_bar
+    from tierrun.tools.progress import transfer_bar
 
     try:
-        with progress_bar("converting") as progress:
+        with transfer_bar("converting") as progress:
             convert_checkpoint(source, directories, dtype=dtype, force=force, progress=progress)
     except KeyboardInterrupt:
         typer.echo("tierrun: stopped; the same command continues from here", err=True)
@@ -175,13 +175,17 @@ def verify(store: StoreArgument = None, nvme_dir: NvmeDir = None, verbose: Verbo
     """Check every checksum of a store."""
     _set_up_logging(verbose)
     from tierrun.io.store import Store
-    from tierrun.tools.progress import progress_bar
+    from tierrun.tools.progress import transfer_bar
     from tierrun.tools.verify import verify as verify_store
 
     opened = Store.open(store_directories(store, nvme_dir))
-    with progress_bar("verifying") as progress:
+    with transfer_bar("verifying") as progress:
         report = verify_store(opened, progress)
-    typer.echo(report.line())
+    typer.echo(
+        f"{report.num_records} records and every other byte are intact: "
+        f"{report.nbytes / 1e9:.2f} GB in {report.seconds:.1f} s, "
+        f"{report.bytes_per_second / 1e9:.2f} GB/s"
+    )
 
 
 @app.command("ls")

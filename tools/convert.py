@@ -1,4 +1,4 @@
-"""From a Hugging Face checkpoint to a store, record by record; killed at any moment, it continues."""
+"""From a Hugging Face checkpoint to a store, record by record; a killed conversion continues."""
 
 import json
 import logging
@@ -163,7 +163,7 @@ def _write_items(
 
 
 def _items(blueprint: Blueprint, manifest: Manifest) -> list[Item]:
-    """Everything to write: resident weights as in the manifest, then records by layer and expert."""
+    """All that is written: resident weights in the manifest's order, then records by layer."""
     recipes = {recipe.name: recipe for recipe in blueprint.residents}
     items = [
         Item(entry.shard, *entry.extent, recipes[entry.name].pieces) for entry in manifest.residents

@@ -1,4 +1,4 @@
-"""The journal of a conversion: which items are safely in the shards, so that a killed run continues.
+"""The journal of a conversion: which items are safely in the shards, for a run that is killed.
 
 The first line names the plan, every other line is one finished item: `[index, "xxh3"]`. Lines are
 appended only after the item's bytes were synced, so a line is a promise; a torn last line is an

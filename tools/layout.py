@@ -113,7 +113,7 @@ def _expert_files(
     shard_bytes: int,
 ) -> list[_File]:
     """The files of directory `home`: expert e of layer l is dealt to directory (l + e) mod D."""
-    entries = {
+    entries: dict[str, _Entry] = {
         record_name(ExpertKey(number, expert)): ("U8", (cls.nbytes,), cls.nbytes)
         for number, (layer, cls) in enumerate(zip(layers, classes, strict=True))
         for expert in range(layer.num_experts)

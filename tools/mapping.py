@@ -8,7 +8,7 @@ the architecture.
 import re
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import (
@@ -42,10 +42,14 @@ class Assembly:
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """The assemblies by target, and the tensors that become nothing (name → name in the model)."""
+    """The assemblies by target, and the tensors that become nothing (name → name in the model).
+
+    `towers` are those of the unused that belong to the other parts of a composite model.
+    """
 
     assemblies: dict[str, Assembly] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
+    towers: frozenset[str] = frozenset()
 
 
 def map_names(model: PreTrainedModel, names: Iterable[str], model_type: str) -> Mapping:
@@ -62,10 +66,13 @@ def map_names(model: PreTrainedModel, names: Iterable[str], model_type: str) -> 
         if best.unused and any(name.startswith(prefix) for name in names):
             keys = {name: _replace(name, prefix, replacement) for name in names}
             best = _better(best, _map(model, keys, get_model_conversion_mapping(model)))
-    composite = get_checkpoint_conversion_mapping(model_type)
-    if best.unused and composite and model_type != model.config.model_type:
+    if model_type == model.config.model_type:
+        return best
+    composite: list[WeightTransform] | None
+    composite = get_checkpoint_conversion_mapping(model_type)  # type: ignore[no-untyped-call]
+    if best.unused and composite:
         best = _better(best, _map(model, {name: name for name in names}, composite))
-    return best
+    return replace(best, towers=frozenset(filter(_is_tower, best.unused)))
 
 
 def ignored(model: PreTrainedModel, name: str) -> bool:
@@ -85,6 +92,14 @@ _TEXT_PREFIXES = (
     ("model.", ""),
 )
 """Where composite checkpoints keep the text model, and where a text model alone has it."""
+
+
+_TEXT_PARTS = {"language_model", "text_model", "llm", "layers", "embed_tokens", "norm", "lm_head"}
+
+
+def _is_tower(name: str) -> bool:
+    """Whether a tensor of a composite checkpoint lies outside its text model."""
+    return _TEXT_PARTS.isdisjoint(name.split(".")[:2])
 
 
 def _replace(name: str, prefix: str, replacement: str) -> str:

@@ -183,7 +183,8 @@ def _run(
         (tensors,) = slices.values()
         return {assembly.target: tensors[0]}
     for pattern, tensors in slices.items():
-        converter.collected_tensors[pattern].extend(tensors)
+        collected: list[Any] = converter.collected_tensors[pattern]
+        collected.extend(tensors)  # tensors serve where transformers' loader puts futures
     try:
         made = converter.convert(assembly.target, model=model, config=model.config)
     except Exception as error:  # whatever torch or an operation raises on shapes it did not expect

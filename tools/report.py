@@ -48,15 +48,18 @@ class Answer:
         return self.prompt_tokens / seconds if seconds else 0.0
 
     def line(self) -> str:
-        """`42 tok 11.3 tok/s · hot 61 % warm 30 % nvme 9 % · 0.21 GB read at 1.4 GB/s · waited …`"""
+        """Speed, share of lookups by tier, bytes read and their speed, share of time waited.
+
+        Shares, bytes and waiting are of the whole answer, prompt included; tok/s of decode alone.
+        """
         c = self.counters
         lookups = max(1, c.lookups)
-        speed = c.read_bytes / self.read_seconds / 1e9 if self.read_seconds else 0.0
+        speed = c.read_bytes / self.read_seconds if self.read_seconds else 0.0
         waited = c.wait_seconds / self.seconds if self.seconds else 0.0
         return (
             f"{len(self.tokens)} tok {self.tokens_per_second:.1f} tok/s · "
             f"hot {c.hot / lookups:.0%} warm {c.warm / lookups:.0%} nvme {c.cold / lookups:.0%} · "
-            f"{c.read_bytes / 1e9:.2f} GB read at {speed:.1f} GB/s · waited {waited:.0%}"
+            f"{_amount(c.read_bytes)} read at {_amount(speed)}/s · waited {waited:.0%}"
         ).replace("%", " %")
 
     def record(self) -> dict[str, Any]:
@@ -83,3 +86,8 @@ class Answer:
                 for token in self.tokens
             ],
         }
+
+
+def _amount(nbytes: float) -> str:
+    """Decimal units, as drives are sold: `1.40 GB`, below a tenth of that `35 MB`."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"

@@ -80,7 +80,7 @@ class ShardWriter:
             work()
 
     def _write(self, shard: int, offset: int, piece: torch.Tensor) -> None:
-        data = memoryview(piece.view(-1).view(torch.uint8).numpy())
+        data = piece.view(-1).view(torch.uint8).numpy().data
         self._hash.update(data)
         self._batch_bytes += len(data)
         _write_all(self._file(shard), data, offset)
