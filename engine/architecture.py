@@ -78,7 +78,7 @@ def build_meta(
     try:
         with torch.device("meta"):
             build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
-            model: Any = build(config, dtype=torch.float32, **attributes)
+            model: Any = build(config, dtype=dtype, **attributes)
     except Exception as error:  # whatever an architecture's constructor raises on odd numbers
         raise ModelError(f"transformers cannot build {config.model_type}: {error}") from error
     built: PreTrainedModel = model.eval()

@@ -143,6 +143,10 @@ class ReadQueue:
         for _ in tickets:
             yield arrived.get()
 
+    @property
+    def reader_name(self) -> str:
+        return self._reader.name
+
     def figures(self) -> QueueFigures:
         """A snapshot of the counters."""
         with self._lock:

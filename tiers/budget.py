@@ -110,7 +110,8 @@ def plan_tier(nbytes: int, manifest: Manifest, *, landing: bool) -> TierPlan:
         counts[layer.record_class] += len(layer.records)
         wanted = min(layer.top_k + 1, len(layer.records))
         needs[layer.record_class] = max(needs[layer.record_class], wanted if landing else 0)
-    for extent_bytes in (_extent_bytes(nbytes, max(sizes)), max(sizes)):
+    whole = sum(count * size for count, size in zip(counts, sizes, strict=True))
+    for extent_bytes in (_extent_bytes(min(nbytes, whole), max(sizes)), max(sizes)):
         plan = _divide(nbytes, extent_bytes, sizes, counts, needs)
         if plan is not None:
             return plan

@@ -28,7 +28,7 @@ NvmeDir = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say what is decided and why.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, on stderr.")]
 
 
 def store_directories(argument: list[Path] | None, option: list[Path] | None) -> list[Path]:
@@ -56,8 +56,8 @@ def normalise(
             return [argv[i], *argv[:i], *argv[i + 1 :]]
         if argv[i] in value_options:
             next(words, None)
-    asks_for_help = not argv or any(word in ("--help", "--version") for word in argv)
-    return list(argv) if asks_for_help else ["run", *argv]
+    asks = not argv or any(word in ("-h", "--help", "--version") for word in argv)
+    return list(argv) if asks else ["run", *argv]
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str | None:

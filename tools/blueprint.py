@@ -1,7 +1,7 @@
 """Everything that a checkpoint becomes, settled and checked before any weight is read."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from tierrun.engine.architecture import expert_parameters, experts_modules, top_k
 from tierrun.io.errors import CheckpointError
-from tierrun.tools.mapping import Assembly, Mapping, ignored, optional
+from tierrun.tools.completeness import check_experts, check_parameters, check_shape
+from tierrun.tools.mapping import Assembly, Mapping, ignored
 from tierrun.tools.precision import Precision
 from tierrun.tools.recipes import (
     MatrixRecipe,
@@ -57,164 +58,85 @@ def draw(
             architecture whose experts cannot be converted one by one.
         ModelError: a Mixture of Experts that transformers does not route.
     """
-    modules = experts_modules(model)
-    shadow = Shadow(source)
-    layers = tuple(
-        _layer(model, number, path, module, mapping, shadow, precision)
-        for number, (path, module) in enumerate(modules.items())
-    )
+    drawing = _Drawing(model, mapping, Shadow(source), precision)
+    modules = enumerate(experts_modules(model).items())
+    layers = tuple(drawing.layer(number, path, module) for number, (path, module) in modules)
     in_records = {f"{layer.path}.{matrix.name}" for layer in layers for matrix in layer.matrices}
-    residents = _residents(model, in_records, mapping, shadow, precision)
-    _check_missing(model, in_records | {resident.name for resident in residents})
+    residents = tuple(drawing.residents(in_records))
+    check_parameters(model, in_records | {resident.name for resident in residents})
     _report_unused(model, mapping)
     return Blueprint(layers, residents, tuple(mapping.unused))
 
 
-def _layer(
-    model: PreTrainedModel,
-    number: int,
-    path: str,
-    module: nn.Module,
-    mapping: Mapping,
-    shadow: Shadow,
-    precision: Precision,
-) -> LayerRecipe:
-    where = f"layer {number} ({path})"
-    matrices = []
-    for name, parameter in expert_parameters(module).items():
-        assembly = mapping.assemblies.get(f"{path}.{name}")
+@dataclass(frozen=True, slots=True)
+class _Drawing:
+    """What every recipe is drawn from; `shadow` has the tensors' shapes and dtypes."""
+
+    model: PreTrainedModel
+    mapping: Mapping
+    shadow: Shadow
+    precision: Precision
+
+    def layer(self, number: int, path: str, module: nn.Module) -> LayerRecipe:
+        where = f"layer {number} ({path})"
+        matrices = tuple(
+            self.matrix(where, f"{path}.{name}", parameter, bool(module.is_transposed))
+            for name, parameter in expert_parameters(module).items()
+        )
+        recipe = LayerRecipe(path, top_k(self.model, path), matrices[0].full_shape[0], matrices)
+        self._try_out(recipe)
+        return recipe
+
+    def matrix(
+        self, where: str, target: str, parameter: torch.Tensor, transposed: bool
+    ) -> MatrixRecipe:
+        assembly = self.mapping.assemblies.get(target)
         if assembly is None:
             raise CheckpointError(
-                f"{where}: the checkpoint has nothing that becomes {path}.{name}; "
-                "is a shard missing?"
+                f"{where}: the checkpoint has nothing that becomes {target}; is a shard missing?"
             )
-        matrices.append(_matrix(model, where, name, assembly, parameter, shadow, precision))
-    num_experts = matrices[0].full_shape[0]
-    recipe = LayerRecipe(path, top_k(model, path), num_experts, tuple(matrices))
-    _try_out(recipe, shadow)
-    return recipe
-
-
-def _matrix(
-    model: PreTrainedModel,
-    where: str,
-    name: str,
-    assembly: Assembly,
-    parameter: torch.Tensor,
-    shadow: Shadow,
-    precision: Precision,
-) -> MatrixRecipe:
-    separate = is_separate(assembly)
-    if separate:
-        _check_separate(where, assembly, parameter.shape[0])
-    else:
-        _check_fused(where, assembly, parameter.shape[0], shadow)
-    found = reduce(torch.promote_types, map(shadow.dtype, assembly.names))
-    dtype = precision.stored(assembly.target, found)
-    if dtype not in CODECS:
-        raise CheckpointError(f"{where}: {assembly.names[0]} has dtype {dtype}: not supported yet")
-    module = model.get_submodule(assembly.target.rpartition(".")[0])
-    transposed = bool(module.is_transposed) and parameter.ndim == 3
-    shape = tuple(parameter.shape)
-    return MatrixRecipe(name, assembly, model, shape, transposed, separate, dtype)
-
-
-def _check_separate(where: str, assembly: Assembly, num_experts: int) -> None:
-    assert assembly.converter is not None
-    for pattern in assembly.converter.source_patterns:
-        names = assembly.sources.get(pattern, [])
-        if len(names) == num_experts:
-            continue
-        if len(names) > num_experts:
-            raise CheckpointError(
-                f"{where}: {len(names)} tensors like {names[0]} for {num_experts} experts"
-            )
-        expert, missing = _first_missing(names, pattern, num_experts)
-        raise CheckpointError(
-            f"{where}, expert {expert}: tensor {missing} is missing; download the checkpoint again"
+        check_experts(where, assembly, parameter.shape[0], self.shadow)
+        return MatrixRecipe(
+            target.rpartition(".")[2],
+            assembly,
+            self.model,
+            tuple(parameter.shape),
+            transposed and parameter.ndim == 3,
+            is_separate(assembly),
+            self._matrix_dtype(where, assembly),
         )
 
+    def _matrix_dtype(self, where: str, assembly: Assembly) -> torch.dtype:
+        """The dtype of a matrix in every record: the widest that an expert has."""
+        found = reduce(torch.promote_types, map(self.shadow.dtype, assembly.names))
+        dtype = self.precision.stored(assembly.target, found)
+        if dtype not in CODECS:
+            name = assembly.names[0]
+            raise CheckpointError(f"{where}: {name} has dtype {dtype}: not supported yet")
+        return dtype
 
-def _first_missing(names: Sequence[str], pattern: str, num_experts: int) -> tuple[int, str]:
-    """The first expert without a tensor among `names`, which differ in the expert's number."""
-    rows = [name.split(".") for name in names]
-    columns = [c for c, parts in enumerate(zip(*rows, strict=False)) if len(set(parts)) > 1]
-    if len(columns) != 1:
-        return (0, f"{pattern} (only {names[0]} is there)" if names else pattern)
-    present = {int(row[columns[0]]) for row in rows}
-    expert = min(set(range(num_experts)) - present)
-    return expert, ".".join(_with(rows[0], columns[0], str(expert)))
+    def _try_out(self, recipe: LayerRecipe) -> None:
+        """Make each differently shaped expert of shadows; raises as `MatrixRecipe.make`."""
+        for matrix in recipe.matrices:
+            seen = set()
+            for expert in range(recipe.num_experts):
+                shapes = tuple(map(self.shadow.shape, matrix.names(expert)))
+                if shapes not in seen:
+                    seen.add(shapes)
+                    matrix.make(self.shadow, expert)
 
-
-def _with(parts: list[str], column: int, value: str) -> list[str]:
-    return [*parts[:column], value, *parts[column + 1 :]]
-
-
-def _check_fused(where: str, assembly: Assembly, num_experts: int, shadow: Shadow) -> None:
-    for name in assembly.names:
-        shape = shadow.shape(name)
-        if not shape or shape[0] != num_experts:
-            raise CheckpointError(
-                f"{where}: tensor {name} has shape {list(shape)}, wanted {num_experts} experts "
-                "in its first dimension"
-            )
-
-
-def _try_out(recipe: LayerRecipe, shadow: Shadow) -> None:
-    """Make every differently shaped expert on the meta device; raises as `MatrixRecipe.make`."""
-    for matrix in recipe.matrices:
-        seen = set()
-        for expert in range(recipe.num_experts):
-            shapes = tuple(map(shadow.shape, matrix.names(expert)))
-            if shapes not in seen:
-                seen.add(shapes)
-                matrix.make(shadow, expert)
-
-
-def _residents(
-    model: PreTrainedModel,
-    in_records: set[str],
-    mapping: Mapping,
-    shadow: Shadow,
-    precision: Precision,
-) -> tuple[ResidentRecipe, ...]:
-    state = model.state_dict()
-    residents = []
-    for target, assembly in mapping.assemblies.items():
-        if target in in_records:
-            continue
-        for name, tensor in whole(assembly, model, shadow).items():
-            if name not in state:
+    def residents(self, in_records: set[str]) -> Iterator[ResidentRecipe]:
+        """The recipe of every parameter and persistent buffer that is not `in_records`."""
+        state = self.model.state_dict()
+        for target, assembly in self.mapping.assemblies.items():
+            if target in in_records:
                 continue
-            if tensor.shape != state[name].shape:
-                raise CheckpointError(
-                    f"tensor {assembly.names[0]} has shape {list(tensor.shape)}, the model wants "
-                    f"{list(state[name].shape)} for {name}; is the config.json another model's?"
-                )
-            dtype = precision.stored(name, tensor.dtype)
-            residents.append(ResidentRecipe(name, assembly, model, tuple(tensor.shape), dtype))
-    return tuple(residents)
-
-
-def _check_missing(model: PreTrainedModel, made: set[str]) -> None:
-    tied = _tied_groups(model)
-    for name in model.state_dict():
-        if name in made or optional(model, name):
-            continue
-        if made.isdisjoint(tied.get(name, ())):
-            raise CheckpointError(
-                f"tensor {name} is missing from the checkpoint; is a shard missing?"
-            )
-
-
-def _tied_groups(model: PreTrainedModel) -> dict[str, set[str]]:
-    """For each tied parameter, all names of the weight that it shares."""
-    groups: dict[str, set[str]] = {}
-    for target, origin in model.all_tied_weights_keys.items():
-        group = groups.setdefault(origin, {origin})
-        group.add(target)
-        groups[target] = group
-    return groups
+            for name, tensor in whole(assembly, self.model, self.shadow).items():
+                if name in state:
+                    check_shape(name, assembly, tensor.shape, state[name].shape)
+                    dtype = self.precision.stored(name, tensor.dtype)
+                    shape = tuple(tensor.shape)
+                    yield ResidentRecipe(name, assembly, self.model, shape, dtype)
 
 
 def _report_unused(model: PreTrainedModel, mapping: Mapping) -> None:

@@ -126,7 +126,7 @@ def run(
         threads=threads,
         strict=strict,
     ) as engine:
-        sampling = engine.default_sampling(
+        sampling = engine.defaults.sampling(
             temperature=temp,
             top_k=top_k,
             top_p=top_p,
@@ -159,10 +159,10 @@ def convert(
     _set_up_logging(verbose)
     directories = store_directories(None, nvme_dir)
     from tierrun.tools.convert import convert as convert_checkpoint
-    from tierrun.tools.progress import transfer_bar
+    from tierrun.tools.progress import progress_bar
 
     try:
-        with transfer_bar("converting") as progress:
+        with progress_bar("converting") as progress:
             convert_checkpoint(source, directories, dtype=dtype, force=force, progress=progress)
     except KeyboardInterrupt:
         typer.echo("tierrun: stopped; the same command continues from here", err=True)
@@ -175,11 +175,11 @@ def verify(store: StoreArgument = None, nvme_dir: NvmeDir = None, verbose: Verbo
     """Check every checksum of a store."""
     _set_up_logging(verbose)
     from tierrun.io.store import Store
-    from tierrun.tools.progress import transfer_bar
+    from tierrun.tools.progress import progress_bar
     from tierrun.tools.verify import verify as verify_store
 
     opened = Store.open(store_directories(store, nvme_dir))
-    with transfer_bar("verifying") as progress:
+    with progress_bar("verifying") as progress:
         report = verify_store(opened, progress)
     typer.echo(
         f"{report.num_records} records and every other byte are intact: "
@@ -258,9 +258,9 @@ def _switch(flag: str, text: str) -> bool:
 
 
 def _set_up_logging(verbose: bool) -> None:
-    """Warnings to stderr, with -v decisions too; transformers only when something is wrong."""
+    """Decisions and warnings to stderr, with -v details too; other libraries' warnings only."""
     logging.basicConfig(format="tierrun: %(message)s", level=logging.WARNING)
-    logging.getLogger("tierrun").setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("tierrun").setLevel(logging.DEBUG if verbose else logging.INFO)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 

@@ -2,10 +2,9 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from xxhash import xxh3_128_hexdigest
@@ -13,9 +12,10 @@ from xxhash import xxh3_128_hexdigest
 import tierrun
 from tierrun.engine.architecture import build_meta, read_config
 from tierrun.io.errors import UsageError
-from tierrun.io.store import Manifest, RecordClass
-from tierrun.tools.blueprint import Blueprint, LayerRecipe, draw
+from tierrun.io.store import Manifest
+from tierrun.tools.blueprint import Blueprint, draw
 from tierrun.tools.disk import check_space, disk_errors, shard_paths
+from tierrun.tools.items import Item, list_items, trusted, with_checksums
 from tierrun.tools.journal import Journal
 from tierrun.tools.layout import SHARD_BYTES, Identity, Layout, lay_out
 from tierrun.tools.mapping import map_names
@@ -35,15 +35,6 @@ class Progress(Protocol):
     """Told how many bytes of the store are written, and how many there will be."""
 
     def __call__(self, done: int, total: int, /) -> None: ...
-
-
-class Item(NamedTuple):
-    """What is written and journaled as one: a record or a resident weight, in pieces."""
-
-    shard: int
-    offset: int
-    nbytes: int
-    pieces: Callable[[Source], Iterator[torch.Tensor]]
 
 
 def convert(
@@ -124,15 +115,15 @@ def _write(
 ) -> Manifest:
     with disk_errors(layout, directories):
         check_space(layout, directories)
-        items = _items(blueprint, layout.manifest)
-        done = _trusted(journal.resume(_plan_id(layout)), items, shard_paths(layout, directories))
+        items = list_items(blueprint, layout.manifest)
+        done = trusted(journal.resume(_plan_id(layout)), items, shard_paths(layout, directories))
         writer = ShardWriter(layout, directories, journal)
         try:
             _write_items(items, done, checkpoint, writer, progress)
         finally:
             writer.close()
         checksums = [(done | writer.checksums)[index] for index in range(len(items))]
-        manifest = _with_checksums(layout.manifest, checksums)
+        manifest = with_checksums(layout.manifest, checksums)
         copy_model_files(checkpoint.directory, directories[0])
         publish(manifest, directories)
         journal.remove()
@@ -162,58 +153,5 @@ def _write_items(
     writer.flush()
 
 
-def _items(blueprint: Blueprint, manifest: Manifest) -> list[Item]:
-    """All that is written: resident weights in the manifest's order, then records by layer."""
-    recipes = {recipe.name: recipe for recipe in blueprint.residents}
-    items = [
-        Item(entry.shard, *entry.extent, recipes[entry.name].pieces) for entry in manifest.residents
-    ]
-    for recipe, layer in zip(blueprint.layers, manifest.layers, strict=True):
-        cls = manifest.classes[layer.record_class]
-        for expert, record in enumerate(layer.records):
-            pieces = _record_pieces(recipe, cls, expert)
-            items.append(Item(record.shard, record.offset, cls.nbytes, pieces))
-    return items
-
-
-def _record_pieces(
-    recipe: LayerRecipe, cls: RecordClass, expert: int
-) -> Callable[[Source], Iterator[torch.Tensor]]:
-    def pieces(source: Source) -> Iterator[torch.Tensor]:
-        record = torch.zeros(cls.nbytes, dtype=torch.uint8)
-        for matrix, made in zip(cls.matrices, recipe.matrices, strict=True):
-            data = made.make(source, expert).view(-1).view(torch.uint8)
-            record[matrix.extent.offset : matrix.extent.end] = data
-        yield record
-
-    return pieces
-
-
-def _trusted(
-    done: Mapping[int, int], items: Sequence[Item], paths: Sequence[Path]
-) -> dict[int, int]:
-    """Of the journaled items those whose shard is still there."""
-    sizes = [path.stat().st_size if path.is_file() else 0 for path in paths]
-    return {
-        index: checksum
-        for index, checksum in done.items()
-        if sizes[items[index].shard] >= items[index].offset + items[index].nbytes
-    }
-
-
 def _plan_id(layout: Layout) -> str:
     return xxh3_128_hexdigest(json.dumps([layout.manifest.to_json(), layout.homes]).encode())
-
-
-def _with_checksums(manifest: Manifest, checksums: Sequence[int]) -> Manifest:
-    """`manifest` with the checksums of its items, in the order of `_items`."""
-    remaining = iter(checksums)
-    residents = tuple(replace(entry, checksum=next(remaining)) for entry in manifest.residents)
-    layers = tuple(
-        replace(
-            layer,
-            records=tuple(record._replace(checksum=next(remaining)) for record in layer.records),
-        )
-        for layer in manifest.layers
-    )
-    return replace(manifest, residents=residents, layers=layers)

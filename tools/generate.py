@@ -1,6 +1,7 @@
 """Answers on the terminal: one completion, or a conversation."""
 
 import json
+import logging
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +16,8 @@ from tierrun.engine.sampling import Sampling
 from tierrun.engine.session import Session
 from tierrun.engine.text import encode, encode_chat
 from tierrun.tools.report import Answer
+
+log = logging.getLogger(__name__)
 
 _UNLIMITED = 1 << 30
 
@@ -101,6 +104,7 @@ def answer_to(
     if console is not None:
         console.out()
         console.print(f"[dim]{answer.line()}[/dim]", highlight=False, soft_wrap=True)
+    log.debug("%s", answer.details())
     return answer
 
 

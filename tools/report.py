@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tierrun.engine.engine import TokenRecord
+from tierrun.engine.tokens import TokenRecord
 from tierrun.tiers.ledger import Counters
 
 
@@ -61,6 +61,16 @@ class Answer:
             f"hot {c.hot / lookups:.0%} warm {c.warm / lookups:.0%} nvme {c.cold / lookups:.0%} · "
             f"{_amount(c.read_bytes)} read at {_amount(speed)}/s · waited {waited:.0%}"
         ).replace("%", " %")
+
+    def details(self) -> str:
+        """What the line leaves out: the prompt's speed, look-ahead, and moves between tiers."""
+        c = self.counters
+        return (
+            f"prompt {self.prompt_tokens} tok {self.prompt_tokens_per_second:.1f} tok/s · "
+            f"look-ahead {c.ahead_issued} issued, {c.ahead_useful} useful, {c.ahead_late} late, "
+            f"{c.ahead_wasted} wasted, {c.ahead_dropped} dropped · promoted "
+            f"{_amount(c.promoted_bytes)}, demoted {_amount(c.demoted_bytes)}"
+        )
 
     def record(self) -> dict[str, Any]:
         """Everything, for `--json`."""

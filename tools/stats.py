@@ -1,4 +1,4 @@
-"""Which experts were used: the share of activations in the most used ones, per layer and overall."""
+"""Which experts were used: the share of activations that the most used ones take."""
 
 from pathlib import Path
 from typing import Any

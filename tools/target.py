@@ -35,7 +35,9 @@ def finished_store(directories: Sequence[Path], wanted: Manifest) -> Manifest | 
             f"{directories[0]} already holds a store ({manifest.model_id}, made from something "
             "else or in another way); choose another directory, or use --force to replace it"
         )
-    return Store.open(directories).manifest
+    store = Store.open(directories)
+    (directories[0] / JOURNAL).unlink(missing_ok=True)  # killed between the two last steps
+    return store.manifest
 
 
 def _without_checksums(manifest: Manifest) -> Manifest:

@@ -31,10 +31,11 @@ model can reproduce passages of it, so treat the weights as under that licence t
 
 ## Training
 
-{minutes:.1f} minutes on one NVIDIA H200: {steps:,} steps, {tokens:,} tokens (a corpus of 12.3
-million tokens, seen many times, with dropout {dropout}), AdamW, cosine schedule, bf16 autocast,
-sequences of 512, then 1024 and 2048 tokens, a load-balancing loss of weight {balance}. The weights
-are those of the best held-out loss, reached after {kept_at:.0%} of the time. To make it again:
+{minutes:.1f} minutes on one NVIDIA H200: {steps:,} steps, {tokens:,} tokens (a corpus of
+{corpus_tokens:,} tokens, seen many times, with dropout {dropout}), AdamW, cosine schedule,
+bf16 autocast, sequences of 512, then 1024 and 2048 tokens, a load-balancing loss of weight
+{balance}. The weights are those of the best held-out loss, reached after {kept_at:.0%} of the
+time. To make it again:
 
     python -m tierrun.tools.demo.corpus Python-3.13.5 .corpus
     python -m tierrun.tools.demo.train .corpus tools/demo/checkpoint --minutes {minutes:.1f}
@@ -76,6 +77,7 @@ class Result:
 
     dropout: float
     balance: float
+    corpus_tokens: int
     steps: int
     tokens: int
     minutes: float
@@ -93,6 +95,7 @@ def card(result: Result) -> str:
         num_parameters=result.num_parameters,
         megabytes=2 * result.num_parameters / 1e6,
         minutes=result.minutes,
+        corpus_tokens=result.corpus_tokens,
         steps=result.steps,
         tokens=result.tokens,
         dropout=result.dropout,

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tierrun.tools.demo.rst import plain_text
@@ -29,6 +29,7 @@ MAX_POSITIONS = 2048
 HELD_OUT_ONE_IN = 40
 LARGEST_FILE_BYTES = 160_000
 DATA_TABLES = re.compile(r"Lib/(encodings|pydoc_data|html/entities|stringprep|lib2to3|test/.*data)")
+LINE_END_OR_INDENT = r"\n|(?<=\n)[ \t]+"
 NEWS_HEADING = re.compile(r"^(?=What's New in Python )", re.MULTILINE)
 
 
@@ -74,9 +75,17 @@ def _read(path: Path) -> str | None:
 
 
 def train_tokenizer(documents: list[Document]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: every byte is in the vocabulary, so that no text is unknown."""
+    """A byte-level BPE: every byte is in the vocabulary, so that no text is unknown.
+
+    Line ends and indentation are tokens of their own, so that a prompt may end with them.
+    """
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LINE_END_OR_INDENT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,

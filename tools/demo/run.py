@@ -12,7 +12,7 @@ from tierrun.io.store import Manifest
 from tierrun.tiers.usage import UsageFile
 from tierrun.tools.convert import convert
 from tierrun.tools.generate import Request, answer_to
-from tierrun.tools.progress import transfer_bar
+from tierrun.tools.progress import progress_bar
 from tierrun.tools.stats import table
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
@@ -29,7 +29,7 @@ def run_demo(directory: Path | None, predict: int) -> None:
     """
     console = Console()
     directory = directory or _cache_directory()
-    with transfer_bar("converting") as progress:
+    with progress_bar("converting") as progress:
         manifest = convert(CHECKPOINT, directory, progress=progress)
     budget = tier_budget(manifest)
     console.print(
@@ -55,7 +55,7 @@ def _show(engine: Engine, prompt: str, predict: int, console: Console) -> None:
     assert engine.tokenizer is not None, "the demo checkpoint has a tokenizer"
     console.rule()
     console.out(prompt, end="", style="bold", highlight=False)
-    request = Request(predict, engine.default_sampling(seed=_SEED))
+    request = Request(predict, engine.defaults.sampling(seed=_SEED))
     ids: list[int] = engine.tokenizer(prompt)["input_ids"]
     answer_to(engine, ids, request, console, engine.session())
 

@@ -4,12 +4,8 @@ A mapped source would be counted as the process's own memory and could end it wi
 file is truncated under it; `pread` gives a short read, which is an error with a name.
 """
 
-import json
-import logging
 import os
-import re
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -20,8 +16,7 @@ from xxhash import xxh3_64, xxh3_128
 
 from tierrun.io.errors import CheckpointError
 from tierrun.io.header import TensorInfo, read_header
-
-log = logging.getLogger(__name__)
+from tierrun.tools.sources.files import check_index, read_json, refuse_quantised, weight_files
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
@@ -34,7 +29,6 @@ TORCH_DTYPES = {
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-_NUMBERED = re.compile(r"^(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors$")
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
 
@@ -61,12 +55,12 @@ class Checkpoint:
         """
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory")
-        config = _read_json(directory / "config.json")
-        _refuse_quantised(directory, config)
+        config = read_json(directory / "config.json")
+        refuse_quantised(directory, config)
         tensors: dict[str, tuple[Path, TensorInfo]] = {}
-        for path in _weight_files(directory):
+        for path in weight_files(directory):
             tensors |= {name: (path, info) for name, info in _header(path).items()}
-        _check_index(directory, tensors)
+        check_index(directory, tensors)
         return cls(directory, config, tensors)
 
     def __enter__(self) -> Self:
@@ -159,94 +153,6 @@ class Checkpoint:
         middle = info.extent.offset + info.extent.nbytes // 2
         length = min(_SAMPLE_BYTES, info.extent.end - middle)
         return xxh3_64(os.pread(self._descriptor(path), length, middle)).digest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}; is it a Hugging Face checkpoint?"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return document
-
-
-def _refuse_quantised(directory: Path, config: dict[str, Any]) -> None:
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        quantisation = part.get("quantization_config")
-        if quantisation:
-            method = quantisation.get("quant_method", "unknown method")
-            raise CheckpointError(
-                f"{directory} is a quantised checkpoint ({method}): not supported yet; "
-                "use the bf16 one"
-            )
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The weight files as transformers chooses them: one file, an index, or what is there."""
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(_weight_map(index).values()))
-        return [_existing(directory / name, f"named in {index.name}") for name in names]
-    found = sorted(directory.glob("*.safetensors"))
-    if not found:
-        raise CheckpointError(_no_weights(directory))
-    for path in found:
-        _check_siblings(path)
-    return found
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map; download it again")
-    for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index}: {name!r} is not the name of a file beside it")
-    return weight_map
-
-
-def _existing(path: Path, why: str) -> Path:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing ({why}); download the checkpoint again")
-    return path
-
-
-def _check_siblings(path: Path) -> None:
-    match = _NUMBERED.match(path.name)
-    for number in range(1, int(match["count"]) + 1 if match else 0):
-        assert match is not None
-        sibling = f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors"
-        _existing(path.parent / sibling, f"a sibling of {path.name}")
-
-
-def _no_weights(directory: Path) -> str:
-    for pattern in ("*.bin", "*.pt", "*.pth"):
-        if any(directory.glob(pattern)):
-            return (
-                f"{directory} has only {pattern} weights, which can run code when opened; load it "
-                "with transformers and save_pretrained() it as safetensors first"
-            )
-    return f"{directory} has no *.safetensors files; is the download complete?"
-
-
-def _check_index(directory: Path, tensors: Iterable[str]) -> None:
-    """Every tensor that the index promises must be in a file (a stale shard has others)."""
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file() or (directory / "model.safetensors").is_file():
-        return
-    present = set(tensors)
-    for name, file in _weight_map(index).items():
-        if name not in present:
-            raise CheckpointError(
-                f"tensor {name} is missing: {index.name} says it is in {file}; download it again"
-            )
 
 
 def _header(path: Path) -> dict[str, TensorInfo]:
