@@ -40,7 +40,7 @@ def complete(
     ids = encode(engine.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     answer = answer_to(engine, ids, request, None if as_json else Console(), engine.session())
     if as_json:
-        Console().out(json.dumps(answer.record(), indent=1), highlight=False)
+        write_raw(Console(), json.dumps(answer.record(), indent=1) + "\n")
     return answer
 
 
@@ -98,11 +98,11 @@ def answer_to(
         ):
             answer.tokens.append(token)
             if console is not None:
-                _write(console, token.text or _shown_id(engine, token.id))
+                write_raw(console, token.text or _shown_id(engine, token.id))
         answer.interrupted = False
     answer.read_seconds = engine.queue.figures().busy_seconds - busy
     if console is not None:
-        console.out()
+        write_raw(console, "\n")
         console.print(f"[dim]{answer.line()}[/dim]", highlight=False, soft_wrap=True)
     log.debug("%s", answer.details())
     return answer
@@ -112,8 +112,9 @@ def _shown_id(engine: Engine, token: int) -> str:
     return "" if engine.tokenizer else f"{token} "
 
 
-def _write(console: Console, text: str) -> None:
-    console.out(text, end="", highlight=False)
+def write_raw(console: Console, text: str) -> None:
+    """Text as it is: rich would expand tabs and wrap lines."""
+    console.file.write(text)
     console.file.flush()
 
 

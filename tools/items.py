@@ -39,13 +39,19 @@ def _record_pieces(
     recipe: LayerRecipe, cls: RecordClass, expert: int
 ) -> Callable[[Source], Iterator[torch.Tensor]]:
     def pieces(source: Source) -> Iterator[torch.Tensor]:
-        record = torch.zeros(cls.nbytes, dtype=torch.uint8)
+        end = 0
         for matrix, made in zip(cls.matrices, recipe.matrices, strict=True):
-            data = made.make(source, expert).view(-1).view(torch.uint8)
-            record[matrix.extent.offset : matrix.extent.end] = data
-        yield record
+            yield from _padding(matrix.extent.offset - end)
+            yield made.make(source, expert)
+            end = matrix.extent.end
+        yield from _padding(cls.nbytes - end)
 
     return pieces
+
+
+def _padding(nbytes: int) -> Iterator[torch.Tensor]:
+    if nbytes:
+        yield torch.zeros(nbytes, dtype=torch.uint8)
 
 
 def trusted(

@@ -5,7 +5,7 @@ on the meta device, which proves names, shapes and dtypes without reading a byte
 runs transformers' conversion operations.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -19,6 +19,9 @@ from tierrun.tools.mapping import Assembly
 
 PIECE_BYTES = 64 << 20
 """Resident weights pass through memory in pieces of at most this size."""
+
+
+_Slices = Mapping[str, torch.Tensor | list[torch.Tensor]]
 
 
 class Source(Protocol):
@@ -97,11 +100,15 @@ class MatrixRecipe:
         matrix = made[0].T if self.transposed else made[0]
         return matrix.to(self.dtype).contiguous()
 
-    def _slices(self, source: Source, expert: int) -> dict[str, list[torch.Tensor]]:
-        sources = self.assembly.sources
+    def _slices(self, source: Source, expert: int) -> _Slices:
+        """What the operations are given: lists, or tensors where `MergeModulelist` is passed by.
+
+        That operation stacks a list, and takes a tensor for a list stacked already: no copy.
+        """
+        sources = self.assembly.sources.items()
         if self.separate:
-            return {pattern: [source.read(names[expert])] for pattern, names in sources.items()}
-        return {p: [source.read(name, expert) for name in names] for p, names in sources.items()}
+            return {pattern: source.read(names[expert])[None] for pattern, names in sources}
+        return {p: [source.read(name, expert) for name in names] for p, names in sources}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +139,13 @@ class ResidentRecipe:
 def is_separate(assembly: Assembly) -> bool:
     """Whether the sources of an experts parameter are one tensor per expert."""
     operations = [] if assembly.converter is None else assembly.converter.operations
-    return any(isinstance(operation, MergeModulelist) for operation in operations)
+    return bool(operations) and isinstance(operations[0], MergeModulelist)
 
 
 def whole(assembly: Assembly, model: PreTrainedModel, source: Source) -> dict[str, torch.Tensor]:
     """All parameters that `assembly` makes, by name, from whole tensors."""
     sources = assembly.sources.items()
+    slices: _Slices
     slices = {pattern: [source.read(name) for name in names] for pattern, names in sources}
     return _run(assembly, slices, model)
 
@@ -170,9 +178,7 @@ class _OneExpert:
         return self.model.get_parameter(name)[:1]
 
 
-def _run(
-    assembly: Assembly, slices: dict[str, list[torch.Tensor]], model: Any
-) -> dict[str, torch.Tensor]:
+def _run(assembly: Assembly, slices: _Slices, model: Any) -> dict[str, torch.Tensor]:
     """What transformers makes of `slices`, by full parameter name.
 
     Raises:
@@ -182,9 +188,8 @@ def _run(
     if converter is None:
         (tensors,) = slices.values()
         return {assembly.target: tensors[0]}
-    for pattern, tensors in slices.items():
-        collected: list[Any] = converter.collected_tensors[pattern]
-        collected.extend(tensors)  # tensors serve where transformers' loader puts futures
+    collected: dict[str, Any] = converter.collected_tensors
+    collected.update(slices)  # tensors serve where transformers' loader puts futures
     try:
         made = converter.convert(assembly.target, model=model, config=model.config)
     except Exception as error:  # whatever torch or an operation raises on shapes it did not expect

@@ -24,7 +24,7 @@ def shares(usage: Usage) -> dict[str, list[float]]:
     return rows | {f"layer {i}": top_shares(row, PERCENTS) for i, row in enumerate(usage)}
 
 
-def table(usage: Usage, *, overall_only: bool = False) -> Table:
+def table(usage: Usage) -> Table:
     """The shares as a table in per cent."""
     activations = sum(int(row.sum()) for row in usage)
     result = Table(title=f"share of {activations} activations in the most used experts")
@@ -32,8 +32,7 @@ def table(usage: Usage, *, overall_only: bool = False) -> Table:
     for percent in PERCENTS:
         result.add_column(f"top {percent:g} %", justify="right")
     for name, row in shares(usage).items():
-        if name == "overall" or not overall_only:
-            result.add_row(name, *(f"{share:.0%}".replace("%", " %") for share in row))
+        result.add_row(name, *(f"{share:.0%}".replace("%", " %") for share in row))
     return result
 
 

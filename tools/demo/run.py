@@ -11,7 +11,7 @@ from tierrun.io.extent import format_bytes
 from tierrun.io.store import Manifest
 from tierrun.tiers.usage import UsageFile
 from tierrun.tools.convert import convert
-from tierrun.tools.generate import Request, answer_to
+from tierrun.tools.generate import Request, answer_to, write_raw
 from tierrun.tools.progress import progress_bar
 from tierrun.tools.stats import table
 
@@ -42,7 +42,7 @@ def run_demo(directory: Path | None, predict: int) -> None:
         for prompt in PROMPTS:
             _show(engine, prompt, predict, console)
     console.print()
-    console.print(table(UsageFile(directory, manifest).read(), overall_only=False))
+    console.print(table(UsageFile(directory, manifest).read()))
 
 
 def tier_budget(manifest: Manifest) -> int:
@@ -54,7 +54,7 @@ def tier_budget(manifest: Manifest) -> int:
 def _show(engine: Engine, prompt: str, predict: int, console: Console) -> None:
     assert engine.tokenizer is not None, "the demo checkpoint has a tokenizer"
     console.rule()
-    console.out(prompt, end="", style="bold", highlight=False)
+    write_raw(console, prompt)
     request = Request(predict, engine.defaults.sampling(seed=_SEED))
     ids: list[int] = engine.tokenizer(prompt)["input_ids"]
     answer_to(engine, ids, request, console, engine.session())

@@ -8,6 +8,8 @@ from tierrun.io.errors import CheckpointError
 
 _MODEL_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
+_UNWANTED = ["original/*", "metal/*", "onnx/*", "consolidated*"]
+"""The same weights once more, in other programs' formats."""
 
 
 class Source(NamedTuple):
@@ -35,7 +37,7 @@ def _download(model_id: str) -> Path:
     from huggingface_hub import snapshot_download  # imports an HTTP client: only when needed
 
     try:
-        return Path(snapshot_download(model_id, allow_patterns=_WANTED))
+        return Path(snapshot_download(model_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except Exception as error:  # HTTP, DNS, proxy and authorisation errors share no base class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
