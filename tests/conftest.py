@@ -1,0 +1,42 @@
+"""Fixtures for everything: a store made by hand, directories on disk and in memory."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import HealthCheck, settings
+from tests.fakes import TinyStore, tiny_store
+
+settings.register_profile(
+    "tierrun",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("tierrun")
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_left() -> Iterator[None]:
+    """Whatever a test started is over when it ends."""
+    before = set(threading.enumerate())
+    yield
+    left = [t.name for t in set(threading.enumerate()) - before if t.name.startswith("tierrun")]
+    assert not left, f"threads left: {left}"
+
+
+@pytest.fixture
+def tiny() -> TinyStore:
+    """Three layers of six experts of one page, top-2, in one shard; in memory only."""
+    return tiny_store()
+
+
+@pytest.fixture
+def memory_directory() -> Iterator[Path]:
+    """A directory on a tmpfs."""
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("no /dev/shm on this platform")
+    with TemporaryDirectory(dir="/dev/shm", prefix="tierrun-tests-") as directory:
+        yield Path(directory)

@@ -1,0 +1,95 @@
+"""Replacement policies against their definitions."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tierrun.io.errors import UsageError
+from tierrun.tiers.policy import POLICIES, Lfru, Lru, Policy, make_policy
+
+NUM_EXPERTS = 6
+HALF_LIFE = 8.0
+
+histories = st.lists(
+    st.tuples(st.integers(0, 20), st.sets(st.integers(0, NUM_EXPERTS - 1), max_size=3)),
+    max_size=30,
+)
+"""Pauses between uses, and the experts used."""
+
+
+def replay(policy: Policy, history: list[tuple[int, set[int]]]) -> tuple[int, list[list[int]]]:
+    """The last step, and the steps at which each expert was used."""
+    step, uses = 0, [[] for _ in range(NUM_EXPERTS)]
+    for pause, experts in history:
+        step += pause
+        policy.used(np.array(sorted(experts), dtype=np.int64), step)
+        for expert in experts:
+            if step not in uses[expert]:
+                uses[expert].append(step)
+    return step, uses
+
+
+def worth_of_all(policy: Policy, step: int) -> list[float]:
+    worth: list[float] = policy.worth(np.arange(NUM_EXPERTS), step).tolist()
+    return worth
+
+
+@given(histories, st.integers(0, 50))
+def test_lru_ranks_by_the_last_use(history: list[tuple[int, set[int]]], later: int) -> None:
+    policy = Lru(NUM_EXPERTS)
+    step, uses = replay(policy, history)
+    ranked = worth_of_all(policy, step + later)
+    last = [max(steps, default=-1) for steps in uses]
+    for a in range(NUM_EXPERTS):
+        for b in range(NUM_EXPERTS):
+            assert (ranked[a] < ranked[b]) == (last[a] < last[b])
+
+
+@given(histories.map(lambda h: [(pause + 1, experts) for pause, experts in h]), st.integers(0, 50))
+def test_lfru_is_decayed_uses_over_age(history: list[tuple[int, set[int]]], later: int) -> None:
+    policy = Lfru(NUM_EXPERTS, HALF_LIFE)
+    step, uses = replay(policy, history)
+    now = step + later
+    naive = [
+        sum(2 ** (-(now - s) / HALF_LIFE) for s in steps) / (now - max(steps) + 1) if steps else 0
+        for steps in uses
+    ]
+    assert worth_of_all(policy, now) == pytest.approx(naive)
+
+
+def test_lfru_keeps_what_is_used_often_over_what_was_used_last() -> None:
+    """The order that a single pass through many experts must not upset."""
+    policy = Lfru(NUM_EXPERTS)
+    for step in range(20):
+        policy.used(np.array([0]), step)
+    policy.used(np.array([1]), 20)
+    often, once, never = policy.worth(np.array([0, 1, 2]), 21)
+    assert often > once > never == 0
+
+
+def test_lfru_lets_go_of_yesterdays_favourite() -> None:
+    policy = Lfru(NUM_EXPERTS, HALF_LIFE)
+    for step in range(50):
+        policy.used(np.array([0]), step)
+    policy.used(np.array([1]), 150)
+    yesterday, today = policy.worth(np.array([0, 1]), 151)
+    assert today > yesterday
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(history=histories)
+def test_asking_changes_nothing(name: str, history: list[tuple[int, set[int]]]) -> None:
+    asked, left_alone = make_policy(name, NUM_EXPERTS), make_policy(name, NUM_EXPERTS)
+    step = 0
+    for pause, experts in history:
+        step += pause
+        for policy in (asked, left_alone):
+            policy.used(np.array(sorted(experts), dtype=np.int64), step)
+        worth_of_all(asked, step + 1000)
+    assert worth_of_all(asked, step) == worth_of_all(left_alone, step)
+
+
+def test_an_unknown_policy_is_refused_with_the_choices() -> None:
+    with pytest.raises(UsageError, match="--policy belady: choose lru or lfru"):
+        make_policy("belady", NUM_EXPERTS)
