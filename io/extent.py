@@ -1,6 +1,7 @@
 """Byte ranges, alignment, and sizes as people write them."""
 
 import re
+from fractions import Fraction
 from typing import NamedTuple
 
 from tierrun.io.errors import UsageError
@@ -39,7 +40,7 @@ def parse_bytes(text: str) -> int:
     if match is None:
         raise UsageError(f"{text!r} is not a size; write 8GiB, 500MB or a number of bytes")
     unit = (match[2] or "").lower()
-    return int(float(match[1]) * (_UNITS | _BINARY)[unit])
+    return int(Fraction(match[1]) * (_UNITS | _BINARY)[unit])
 
 
 def format_bytes(n: float) -> str:

@@ -17,6 +17,9 @@ from tierrun.io.extent import PAGE, Extent, align_up
 MAX_HEADER_BYTES = 100_000_000
 """safetensors' own bound: a larger header is an attack or garbage."""
 
+MAX_DIMENSIONS = 64
+"""torch's own bound."""
+
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -45,7 +48,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raw = file.read(length)
     try:
         entries = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: the header is not JSON ({error})") from None
     if not isinstance(entries, dict):
         raise CorruptError(f"{path}: the header is not a JSON object")
@@ -66,11 +69,13 @@ def _header_length(path: Path, prefix: bytes, size: int) -> int:
 
 def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:
     try:
-        dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-        begin, end = (int(n) for n in entry["data_offsets"])
+        dtype, shape = str(entry["dtype"]), tuple(_number(n) for n in entry["shape"])
+        begin, end = (_number(n) for n in entry["data_offsets"])
     except (KeyError, TypeError, ValueError):
         raise CorruptError(f"{path}: malformed header entry for tensor {name}") from None
-    if not (0 <= begin <= end and start + end <= size) or min(shape, default=0) < 0:
+    if len(shape) > MAX_DIMENSIONS:
+        raise CorruptError(f"{path}: tensor {name} has {len(shape)} dimensions")
+    if not (begin <= end and start + end <= size):
         raise CorruptError(
             f"{path}: tensor {name} ends at byte {start + end}, the file has {size}; truncated?"
         )
@@ -84,6 +89,13 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorI
             f"has {end - begin}"
         )
     return TensorInfo(dtype, shape, Extent(start + begin, end - begin))
+
+
+def _number(value: Any) -> int:
+    """`value` where it could be a size: a JSON integer of at most 63 bits, not negative."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError
+    return value
 
 
 def build_header(

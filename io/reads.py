@@ -215,10 +215,8 @@ class ReadQueue:
     async def _read_part(self, lane: _Lane, ticket: Ticket, offset: int) -> None:
         try:
             await self._read_twice(ticket, offset, min(self._part_bytes, len(ticket.into) - offset))
-        except TierrunError as error:
-            ticket.error = ticket.error or error
-        except Exception as error:  # a bug below must fail the read, not hang the model
-            ticket.error = ticket.error or TierrunError(f"{record_name(ticket.key)}: {error!r}")
+        except Exception as error:
+            ticket.error = ticket.error or _named(ticket, error)
         lane.in_flight -= 1
         ticket.parts_in_flight -= 1
         self._pump(lane)
@@ -264,8 +262,8 @@ class ReadQueue:
                 if not await self._matches(ticket):
                     raise self._corrupt(ticket)
             self._verified.add(ticket.key)
-        except TierrunError as error:
-            ticket.error = error
+        except Exception as error:
+            ticket.error = _named(ticket, error)
 
     async def _matches(self, ticket: Ticket) -> bool:
         record, _ = self._store.locate(ticket.key)
@@ -318,6 +316,13 @@ class ReadQueue:
             self._counts.record_seconds += (now - self._since) * self._reading
         self._since = now
         self._reading += change
+
+
+def _named(ticket: Ticket, error: Exception) -> TierrunError:
+    """`error` as one of ours: a bug below must fail the read, not hang the model."""
+    if isinstance(error, TierrunError):
+        return error
+    return TierrunError(f"{record_name(ticket.key)}: {error!r}")
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

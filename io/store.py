@@ -164,7 +164,7 @@ class Manifest:
         try:
             document = json.loads(text)
             version = int(document["format"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise CorruptError(
                 f"{path} is not a store's manifest; convert the model again"
             ) from None
@@ -175,7 +175,7 @@ class Manifest:
             )
         try:
             manifest = _parse(document)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CorruptError(f"{path}: malformed manifest ({error!r})") from None
         _check_bounds(manifest, path)
         return manifest
@@ -234,7 +234,7 @@ def read_manifest(root: Path) -> Manifest:
             f"{root} is not a store: "
             + (hint if unfinished else f"it has no {MANIFEST}; make one with `tierrun convert`")
         )
-    return Manifest.from_json(path.read_text(), path)
+    return Manifest.from_json(path.read_text(errors="replace"), path)
 
 
 def _find_shard(shard: Shard, roots: tuple[Path, ...]) -> Path:
@@ -263,21 +263,33 @@ def _check_bounds(manifest: Manifest, path: Path) -> None:
         if extent.offset < 0 or extent.nbytes < 0 or extent.end > limit:
             raise CorruptError(f"{path}: {what} ends at byte {extent.end} of {limit} in its shard")
 
+    if not manifest.layers:
+        raise CorruptError(f"{path}: no experts in it")
+    for number, cls in enumerate(manifest.classes):
+        _check_class(number, cls, path)
     for number, layer in enumerate(manifest.layers):
         if not 0 <= layer.record_class < len(manifest.classes):
             raise CorruptError(f"{path}: layer {number} has record class {layer.record_class}")
+        if not 1 <= layer.top_k <= len(layer.records):
+            raise CorruptError(
+                f"{path}: layer {number} uses the top-{layer.top_k} of {len(layer.records)} experts"
+            )
         nbytes = manifest.classes[layer.record_class].nbytes
         for expert, record in enumerate(layer.records):
             what = f"layer {number}, expert {expert}"
-            if record.offset % PAGE or nbytes % PAGE:
+            if record.offset % PAGE:
                 raise CorruptError(f"{path}: {what} is not aligned to {PAGE} bytes")
             check(what, record.shard, Extent(record.offset, nbytes))
-    for cls in manifest.classes:
-        for matrix in cls.matrices:
-            if matrix.extent.offset < 0 or matrix.extent.end > cls.nbytes:
-                raise CorruptError(f"{path}: {matrix.name} ends outside its record")
     for resident in manifest.residents:
         check(resident.name, resident.shard, resident.extent)
+
+
+def _check_class(number: int, cls: RecordClass, path: Path) -> None:
+    if cls.nbytes <= 0 or cls.nbytes % PAGE:
+        raise CorruptError(f"{path}: record class {number} of {cls.nbytes} bytes, not whole pages")
+    for matrix in cls.matrices:
+        if min(matrix.extent) < 0 or matrix.extent.end > cls.nbytes:
+            raise CorruptError(f"{path}: {matrix.name} ends outside its record")
 
 
 def _hex(checksum: int) -> str:

@@ -131,10 +131,26 @@ class Placement:
         self.ledger.counters.wait_seconds += time.perf_counter() - started
 
     def harvest(self) -> None:
-        """Settle every slot whose read has ended since the last look."""
+        """Settle every slot whose read has ended, unless somebody waits for it: he settles it."""
         for slot, ticket in list(self.landing.tickets.items()):
-            if ticket.ended:
+            if ticket.ended and self.landing.leases[slot] == 0:
                 self.settle(slot)
+
+    def make_way(self, record_class: int) -> bool:
+        """Give up reads that nobody waits for (ahead, or of an abandoned lease) until one has
+        ended; False if there is none."""
+        tier = self.landing
+        idle = [
+            ticket
+            for slot, ticket in tier.tickets.items()
+            if tier.leases[slot] == 0 and tier.record_class[slot] == record_class
+        ]
+        if not idle:
+            return False
+        self.queue.drop(idle)
+        self.wait_for_any(idle)
+        self.harvest()
+        return True
 
     def settle(self, slot: int) -> None:
         """A landing slot whose read has ended becomes READY, or FREE where the read failed."""

@@ -60,8 +60,8 @@ class Residency:
         lease = Lease(self, layer)
         try:
             missing = [expert for expert in experts if not self._join(lease, expert)]
+            self._layer_passed(layer, experts)
             self._demand(lease, missing)
-            self._layer_passed(layer)
             self.used(layer, experts)
         except BaseException:
             lease.release()
@@ -106,14 +106,11 @@ class Residency:
         self.placement.ledger.counters.cold += len(experts)
 
     def _slot_for(self, key: ExpertKey) -> int:
-        """A slot for a demanded expert; look-ahead reads give way if they hold all the others."""
+        """A slot for a demanded expert; reads that nobody waits for give way if they hold all."""
         placement = self.placement
         while (slot := placement.take_or_evict(key, proven=True)) is None:
-            ahead = [t for t in placement.landing.tickets.values() if t.priority > Priority.DEMAND]
-            assert ahead, f"no slot for {key}: more experts are leased than the budget allows"
-            placement.queue.drop(ahead)
-            placement.wait_for_any(ahead)
-            placement.harvest()
+            made = placement.make_way(placement.class_of_layer[key.layer])
+            assert made, f"no slot for {key}: more experts are leased than the budget allows"
         return slot
 
     # -- look-ahead -----------------------------------------------------------------------------
@@ -136,18 +133,24 @@ class Residency:
         for tier, slot in kept:
             tier.leases[slot] -= 1
         placement.read(layer, pairs, Priority.LOOKAHEAD)
-        self._ahead[layer] |= {expert for expert, _ in pairs}
-        placement.ledger.counters.ahead_issued += len(pairs)
+        issued = {expert for expert, _ in pairs}
+        placement.ledger.counters.ahead_issued += len(issued)
+        placement.ledger.counters.ahead_dropped += len(issued & self._ahead[layer])
+        self._ahead[layer] |= issued
 
-    def _layer_passed(self, layer: int) -> None:
-        """Drop what was read ahead for `layer` and not wanted by it."""
-        homes = [self.placement.home(layer, expert) for expert in self._ahead[layer]]
-        unwanted = [home for home in homes if home and not home.tier.proven[home.slot]]
+    def _layer_passed(self, layer: int, wanted: Sequence[int]) -> None:
+        """Drop what was read ahead for `layer` and is not `wanted` by it; account for it.
+
+        Dropped is also what has lost its slot before the layer came.
+        """
+        homes = {expert: self.placement.home(layer, expert) for expert in self._ahead[layer]}
         self._ahead[layer].clear()
+        lost = sum(home is None for home in homes.values())
+        unwanted = [home for expert, home in homes.items() if home and expert not in wanted]
         tickets = [ticket for home in unwanted if (ticket := home.ticket) is not None]
         self.placement.queue.drop(tickets)
         dropped = sum(ticket.state is State.DROPPED for ticket in tickets)
-        self.placement.ledger.counters.ahead_dropped += dropped
+        self.placement.ledger.counters.ahead_dropped += lost + dropped
         self.placement.ledger.counters.ahead_wasted += len(unwanted) - dropped
 
     # -- prefill --------------------------------------------------------------------------------
@@ -162,11 +165,16 @@ class Residency:
         hits = deque[Held]()
         for expert in experts:
             home = self.placement.home(layer, expert)
-            if home is None or home.ticket is not None:
+            if home is None:
                 reads.wanted.append(expert)
-            else:
+            elif home.ticket is None:
                 self._count(layer, expert, home, None)
                 hits.append(Held(expert, *home))
+            else:
+                # First, so that making way for the others can hit no read that is wanted.
+                reads.wanted.appendleft(expert)
+                self.placement.ledger.counters.ahead_late += expert in self._ahead[layer]
+        self._layer_passed(layer, experts)
         yield from self._stream_held(hits, reads)
 
     def _stream_held(self, hits: deque[Held], reads: "_PrefillReads") -> Iterator[Held]:
@@ -327,9 +335,12 @@ class _PrefillReads:
         """The next expert read, or None after the last; blocks until it is there."""
         while True:
             self.top_up()
-            if not self._pending:
-                assert not self.wanted, "prefill found no slot"
+            if not self._pending and not self.wanted:
                 return None
+            if not self._pending:
+                made = self._placement.make_way(self._record_class)
+                assert made, "prefill found no slot"
+                continue
             expert, slot, ticket = self._pending.popleft()
             if not ticket.ended:
                 self._placement.wait_for_any([ticket])

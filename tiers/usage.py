@@ -52,11 +52,11 @@ class UsageFile:
             counts = [np.array(row, dtype=np.int64) for row in document["counts"]]
         except FileNotFoundError:
             return self._zeros()
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             log.warning("%s is unreadable; usage counts start again", self.path)
             return self._zeros()
         same = document.get("fingerprint") == self._fingerprint
-        if not same or [len(row) for row in counts] != self._sizes:
+        if not same or [row.shape for row in counts] != [(size,) for size in self._sizes]:
             log.warning("%s is of another model; usage counts start again", self.path)
             return self._zeros()
         return counts

@@ -181,11 +181,7 @@ def verify(store: StoreArgument = None, nvme_dir: NvmeDir = None, verbose: Verbo
     opened = Store.open(store_directories(store, nvme_dir))
     with progress_bar("verifying") as progress:
         report = verify_store(opened, progress)
-    typer.echo(
-        f"{report.num_records} records and every other byte are intact: "
-        f"{report.nbytes / 1e9:.2f} GB in {report.seconds:.1f} s, "
-        f"{report.bytes_per_second / 1e9:.2f} GB/s"
-    )
+    typer.echo(report.line())
 
 
 @app.command("ls")

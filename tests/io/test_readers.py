@@ -104,10 +104,7 @@ def test_many_reads_of_one_shard_do_not_mix(name: str, shards: list[Path]) -> No
 
     async def flood(reader: Reader) -> None:
         await asyncio.gather(
-            *(
-                reader.read(0, i % NUM_PAGES[0] * PAGE, buffer)
-                for i, buffer in enumerate(buffers)
-            )
+            *(reader.read(0, i % NUM_PAGES[0] * PAGE, buffer) for i, buffer in enumerate(buffers))
         )
 
     with_reader(name, shards, flood, depth=3)
@@ -202,7 +199,11 @@ def test_a_refused_o_direct_is_a_fallback_with_the_systems_reason(
 
     monkeypatch.setattr(os, "open", refuse)
     choice = choose_reader("auto", shards)
-    assert choice == ("buffered", f"{shards[0].parent}: O_DIRECT is refused (Invalid argument)", True)
+    assert choice == (
+        "buffered",
+        f"{shards[0].parent}: O_DIRECT is refused (Invalid argument)",
+        True,
+    )
 
 
 def test_a_failing_o_direct_read_is_a_fallback(

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-
 from tests.fakes import Experts, TinyStore, tiny_store
+
 from tierrun.io.errors import CorruptError, StoreError, VersionError
 from tierrun.io.extent import PAGE, Extent
 from tierrun.io.header import read_header
@@ -39,7 +39,9 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_the_same_manifest_gives_the_same_text() -> None:
-    assert tiny_store(LAYERS).store.manifest.to_json() == tiny_store(LAYERS).store.manifest.to_json()
+    assert (
+        tiny_store(LAYERS).store.manifest.to_json() == tiny_store(LAYERS).store.manifest.to_json()
+    )
 
 
 def test_sizes_add_up() -> None:
@@ -110,7 +112,9 @@ def test_a_newer_version_is_refused_with_both_numbers(stored: TinyStore) -> None
         Store.open(stored.store.roots)
 
 
-@pytest.mark.parametrize("raw", [b"", b"[]", b"{", b"\xff\xff", b"[" * 100_000, b'{"format": 1e999}'])
+@pytest.mark.parametrize(
+    "raw", [b"", b"[]", b"{", b"\xff\xff", b"[" * 100_000, b'{"format": 1e999}']
+)
 def test_what_is_no_manifest_is_corrupt(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "store.json").write_bytes(raw)
     with pytest.raises(CorruptError, match="store.json"):

@@ -73,8 +73,8 @@ def tree(root: Path, files: dict[str, str]) -> Path:
 MEMINFO = {"proc/meminfo": "MemTotal: 67108864 kB\nMemFree: 1 kB\nMemAvailable: 41943040 kB\n"}
 
 
-def v2(path: str, limit: int | str, used: int, inactive: int = 0, active: int = 0) -> dict[str, str]:
-    stat = f"anon {used}\ninactive_file {inactive}\nactive_file {active}\n"
+def v2(path: str, limit: int | str, used: int, cache: tuple[int, int] = (0, 0)) -> dict[str, str]:
+    stat = f"anon {used}\ninactive_file {cache[0]}\nactive_file {cache[1]}\n"
     directory = f"sys/fs/cgroup/{path}"
     return {
         f"{directory}/memory.max": f"{limit}\n",
@@ -113,7 +113,7 @@ def test_a_cgroup_v2_limit_counts(tmp_path: Path) -> None:
 
 
 def test_page_cache_is_not_used_memory(tmp_path: Path) -> None:
-    files = in_cgroup("0::/job\n") | v2("job", 8 * GIB, 7 * GIB, inactive=3 * GIB, active=2 * GIB)
+    files = in_cgroup("0::/job\n") | v2("job", 8 * GIB, 7 * GIB, cache=(3 * GIB, 2 * GIB))
     assert host_memory(tree(tmp_path, files)).free == 6 * GIB
 
 
@@ -205,9 +205,7 @@ def test_the_smallest_budget_works_and_one_byte_less_does_not(layers: list[Exper
 
 @given(layers_of_stores, st.integers(0, 400 * PAGE))
 @settings(max_examples=150)
-def test_a_larger_budget_works_too_and_is_never_exceeded(
-    layers: list[Experts], more: int
-) -> None:
+def test_a_larger_budget_works_too_and_is_never_exceeded(layers: list[Experts], more: int) -> None:
     manifest = manifest_of(layers)
     nbytes = smallest_of(manifest) + more
     plan = plan_tier(nbytes, manifest, landing=True)

@@ -179,12 +179,12 @@ class ResidencyMachine(RuleBasedStateMachine):
             assert counters.promoted_bytes - counters.demoted_bytes == inside
 
     def teardown(self) -> None:
-        if hasattr(self, "rig"):
-            self.rig.drain()
-            self.rig.check_idle()
-            figures = self.rig.queue.figures()
-            assert self.rig.counters.read_bytes == figures.nbytes, "bytes moved, not accounted"
-        self.resources.close()
+        with self.resources:
+            if hasattr(self, "rig"):
+                self.rig.drain()
+                self.rig.check_idle()
+                figures = self.rig.queue.figures()
+                assert self.rig.counters.read_bytes == figures.nbytes, "moved, not accounted"
 
 
 @pytest.mark.timeout(240)
