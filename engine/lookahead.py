@@ -102,7 +102,13 @@ class Lookahead:
             return []
         args = [_argument(i, seen.args, value) for i, value in enumerate(own.args)]
         kwargs = {name: _argument(name, seen.kwargs, value) for name, value in own.kwargs.items()}
-        return sorted(set(self._ask(there, args, kwargs).flatten().tolist()))
+        try:
+            chosen = self._ask(there, args, kwargs)
+        except RuntimeError as error:  # it takes more of its layer than hidden states (zaya)
+            log.warning("look-ahead is off for layer %d, its router wants more: %s", layer, error)
+            del self._routers[layer]
+            return []
+        return sorted(set(chosen.flatten().tolist()))
 
     def _ask(self, router: _Router, args: list[Any], kwargs: dict[str, Any]) -> torch.Tensor:
         self._predicting = True
