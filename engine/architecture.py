@@ -4,7 +4,7 @@ Conversion asks it which tensors a checkpoint must become; loading fills it from
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,9 @@ def read_config(directory: Path) -> PreTrainedConfig:
     except (ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"{directory}: transformers cannot build this model: {first}") from None
-    except OSError as error:
-        raise CheckpointError(f"{directory}/config.json cannot be read: {error}") from None
+    except Exception as error:  # a file that cannot be read, or numbers of the wrong type
+        first = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{directory}/config.json cannot be used: {first}") from error
     return _causal_config(config, directory)
 
 
@@ -113,13 +114,6 @@ def expert_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
     parameters = dict(module.named_parameters(recurse=False))
     names = [*EXPERT_MATRICES, *(f"{name}_bias" for name in EXPERT_MATRICES)]
     return {name: parameters[name] for name in names if name in parameters}
-
-
-def expert_parameter_names(model: nn.Module) -> Iterator[str]:
-    """The full names of all parameters that live in records instead of memory."""
-    for path, module in experts_modules(model).items():
-        for name in expert_parameters(module):
-            yield f"{path}.{name}"
 
 
 def top_k(model: PreTrainedModel, path: str) -> int:

@@ -7,10 +7,18 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from tierrun.engine.sampling import Sampling, sampling_from
-from tierrun.io.errors import UsageError
+from tierrun.io.errors import StoreError, UsageError
 
 _UNBOUNDED = 1 << 20
 """The context of a model that names no longest one (state-space models)."""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:
+        raise StoreError(f"{path} is not JSON ({error}); convert the model again") from None
+    return document if isinstance(document, dict) else {}
 
 
 class ModelDefaults:
@@ -24,8 +32,7 @@ class ModelDefaults:
     ) -> None:
         self._config, self._tokenizer = config.get_text_config(), tokenizer
         path = model_dir / "generation_config.json"
-        document = json.loads(path.read_text()) if path.is_file() else {}
-        self._generation: dict[str, Any] = document if isinstance(document, dict) else {}
+        self._generation = _read_json(path) if path.is_file() else {}
 
     def sampling(self, **given: Any) -> Sampling:
         """The model's own sampling, overridden by what is `given` (None: not given)."""

@@ -16,10 +16,11 @@ from tierrun.engine.lookahead import Lookahead
 from tierrun.engine.model import load_model
 from tierrun.engine.options import Options
 from tierrun.engine.resident import ResidentWeights
-from tierrun.engine.sampling import Sampler, Sampling
+from tierrun.engine.sampling import Chooser, FixedTokens, Sampler, Sampling
 from tierrun.engine.session import Session
 from tierrun.engine.text import TextStream, encode, load_tokenizer
 from tierrun.engine.tokens import TokenRecord, token_records
+from tierrun.io.errors import UsageError
 from tierrun.io.reader import choose_reader, open_reader
 from tierrun.io.reads import ReadQueue
 from tierrun.io.store import Store
@@ -63,7 +64,7 @@ class Engine:
         self.store, self.options, self.ledger = store, options, Ledger()
         self._weights = ResidentWeights(store)
         vram = resolve_vram(options.vram, options.device)
-        ram = resolve_ram(options.ram, self._weights.nbytes)
+        ram = resolve_ram(options.ram, self._weights.nbytes + vram.nbytes)
         hot, warm = make_tiers(store.manifest, vram, ram)
         policy = make_policy(options.policy, store.manifest.num_experts)
         reader = _choose_reader(store, options)
@@ -82,6 +83,7 @@ class Engine:
         self.hook = self._hook()
         self._usage = UsageFile(store.roots[0], store.manifest)
         self._closed = False
+        self._last_stats: EngineStats | None = None
 
     def _hook(self) -> ExpertsHook:
         landing = self.residency.placement.landing
@@ -92,7 +94,7 @@ class Engine:
             self._kernels,
             self.ledger,
             Lookahead(self.model) if self.options.lookahead else None,
-            prefill_window(self.store.manifest, landing, self.options.depth),
+            prefill_window(self.store, landing, self.options.depth),
         )
 
     def session(self) -> Session:
@@ -130,20 +132,25 @@ class Engine:
             session: a context to continue; its tokens are reused where the prompt begins with them.
 
         Raises:
-            UsageError: no tokenizer for a text prompt, or a prompt longer than the context.
+            UsageError: no tokenizer for a text prompt or for stop strings, a token outside the
+                vocabulary, or a prompt longer than the context.
             ReadError, CorruptError: the store could not be read.
         """
         ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+        if stop and self.tokenizer is None:
+            raise UsageError("this store has no tokenizer, so stop strings cannot be found")
         session = session or self.session()
-        sampler = Sampler(sampling or self.defaults.sampling())
-        text = TextStream(self.tokenizer, stop) if self.tokenizer else None
+        chooser: Chooser = Sampler(sampling or self.defaults.sampling())
+        if fixed:
+            chooser, max_new_tokens = FixedTokens(fixed), min(max_new_tokens, len(fixed))
+        text = TextStream(self.tokenizer, stop, ids) if self.tokenizer else None
         ends = frozenset() if ignore_eos else self.defaults.eos_tokens()
-        count = min(max_new_tokens, len(fixed)) if fixed else max_new_tokens
-        steps = session.generate(session.extend_to(ids), sampler, count, fixed)
-        yield from token_records(steps, text, ends)
+        yield from token_records(session.generate(ids, chooser, max_new_tokens), text, ends)
 
     def stats(self) -> EngineStats:
-        """Totals since loading."""
+        """Totals since loading; after `close`, the last ones."""
+        if self._last_stats is not None:
+            return self._last_stats
         placement, queue = self.residency.placement, self.queue.figures()
         return EngineStats(
             counters=self.ledger.snapshot(),
@@ -167,7 +174,7 @@ class Engine:
         """End every read, save the usage, let go of all memory."""
         if self._closed:
             return
-        self._closed = True
+        self._closed, self._last_stats = True, self.stats()
         self.queue.close()
         self.save_usage()
         del self.model, self.hook, self.residency, self._weights

@@ -81,30 +81,25 @@ class ExpertsHook:
             hits, computed = self._prefill(layer, work)
         nbytes = (self._ledger.counters.cold - reads) * self._manifest.class_of(layer).nbytes
         waited = self._ledger.counters.wait_seconds - waited
-        self._record(
-            layer, len(hidden), started - self._last_end, hits, computed - hits, waited, nbytes
+        timing = LayerTiming(
+            step=self._residency.placement.step,
+            layer=layer,
+            tokens=len(hidden),
+            resident=started - self._last_end,
+            hits=hits,
+            misses=computed - hits,
+            wait=waited,
+            read_bytes=nbytes,
         )
+        self._ledger.timings.append(timing)
+        self._last_end = time.perf_counter()
         return work.result()
 
     def end_forward(self, tokens: int) -> None:
         """The forward pass is over: what came after the last experts is resident compute too."""
-        resident = time.perf_counter() - self._last_end
-        self._record(len(self._manifest.layers), tokens, resident, 0.0, 0.0, 0.0, 0)
-
-    def _record(
-        self,
-        layer: int,
-        tokens: int,
-        resident: float,
-        hits: float,
-        misses: float,
-        wait: float,
-        read_bytes: int,
-    ) -> None:
-        step = self._residency.placement.step
-        timing = LayerTiming(step, layer, tokens, resident, hits, misses, wait, read_bytes)
-        self._ledger.timings.append(timing)
-        self._last_end = time.perf_counter()
+        step, resident = self._residency.placement.step, time.perf_counter() - self._last_end
+        head = len(self._manifest.layers)
+        self._ledger.timings.append(LayerTiming(step, head, tokens, resident, 0.0, 0.0, 0.0, 0))
 
     def _decode(self, layer: int, work: "_LayerWork") -> tuple[float, float]:
         """Hits first, then misses as they arrive; seconds of compute for hits and for all."""

@@ -8,7 +8,7 @@ from tierrun.io.reads import DEFAULT_DEPTH
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The command line's flags have the same names and defaults.
+    """The defaults of the command line's flags too.
 
     `context` 0 means the model's own maximum; `threads` 0 what torch chooses; `depth` is reads in
     flight per directory, in parts of records.

@@ -1,7 +1,8 @@
 """Choosing the next token from logits, by the usual rules in llama.cpp's order."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -26,6 +27,7 @@ class Sampling:
             ("--top-p", self.top_p, 0 < self.top_p <= 1),
             ("--min-p", self.min_p, 0 <= self.min_p < 1),
             ("--repeat-penalty", self.repetition_penalty, self.repetition_penalty > 0),
+            ("--seed", self.seed, self.seed is None or 0 <= self.seed < 1 << 63),
         ):
             if not good:
                 raise UsageError(f"{name} {value} is out of range")
@@ -40,11 +42,30 @@ def sampling_from(defaults: dict[str, Any], **given: Any) -> Sampling:
     if defaults.get("do_sample"):
         chosen = {n: defaults[n] for n in names if defaults.get(n) is not None}
         chosen.setdefault("temperature", 1.0)
+        chosen["top_k"] = max(0, chosen.get("top_k", 0))  # some say -1 for off
     else:
         chosen = {"temperature": 0.0}
         if defaults.get("repetition_penalty") is not None:
             chosen["repetition_penalty"] = defaults["repetition_penalty"]
     return Sampling(**chosen | {name: value for name, value in given.items() if value is not None})
+
+
+class Chooser(Protocol):
+    """Chooses the token after a context."""
+
+    def choose(self, logits: torch.Tensor, history: Sequence[int]) -> int:
+        """The next token from `logits` fp32 [vocab], given the token ids of `history`."""
+
+
+class FixedTokens:
+    """Takes the tokens of a list, whatever the logits: the same stream for every arm of a
+    comparison."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = iter(tokens)
+
+    def choose(self, logits: torch.Tensor, history: Sequence[int]) -> int:
+        return next(self._tokens)
 
 
 class Sampler:
@@ -58,24 +79,23 @@ class Sampler:
         else:
             self._generator.manual_seed(sampling.seed)
 
-    def choose(self, logits: torch.Tensor, history: torch.Tensor) -> int:
-        """The next token from `logits` fp32 [vocab], given the token ids of `history`."""
+    def choose(self, logits: torch.Tensor, history: Sequence[int]) -> int:
         s = self._sampling
         logits = penalise(logits, history, s.repetition_penalty)
         if s.temperature == 0:
             return int(logits.argmax())
         logits = keep_top_k(logits, s.top_k)
-        logits = keep_top_p(logits, s.top_p)
-        logits = keep_min_p(logits, s.min_p)
+        kept = logits.isfinite().nonzero().flatten()  # the rest is sorted and summed for nothing
+        logits = keep_min_p(keep_top_p(logits[kept], s.top_p), s.min_p)
         probabilities = (logits / s.temperature).softmax(dim=-1)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        return int(kept[torch.multinomial(probabilities, 1, generator=self._generator)])
 
 
-def penalise(logits: torch.Tensor, history: torch.Tensor, penalty: float) -> torch.Tensor:
+def penalise(logits: torch.Tensor, history: Sequence[int], penalty: float) -> torch.Tensor:
     """Divide positive logits of tokens in `history` by `penalty`, multiply negative ones (CTRL)."""
-    if penalty == 1.0 or history.numel() == 0:
+    if penalty == 1.0 or not history:
         return logits
-    seen = torch.unique(history)
+    seen = torch.tensor(sorted(set(history)))
     old = logits[seen]
     return logits.index_put((seen,), torch.where(old > 0, old / penalty, old * penalty))
 

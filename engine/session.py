@@ -1,6 +1,6 @@
 """A session: one context, its key-value cache, and the steps that extend it.
 
-`step` is the whole of a token: look up, fetch, compute (in the model's forward, through the
+`step` is the whole of a token: look up, fetch and compute (in the model's forward, through the
 experts hook), choose, account.
 """
 
@@ -14,7 +14,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from tierrun.engine.experts import ExpertsHook
-from tierrun.engine.sampling import Sampler
+from tierrun.engine.sampling import Chooser
 from tierrun.io.errors import ModelError, UsageError
 from tierrun.tiers.ledger import Counters, Ledger
 
@@ -52,71 +52,90 @@ class Session:
         self._cache = None
         self.tokens = []
 
-    def extend_to(self, tokens: Sequence[int]) -> tuple[torch.Tensor, StepFigures]:
-        """Make `tokens` the context, reusing what is there already if they continue it.
-
-        Returns the logits after the last token, fp32 [vocab], and what that cost.
-        """
+    def shared(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` are in the context already, if they continue it; else 0."""
         known = len(self.tokens)
-        if list(tokens[:known]) != self.tokens or known == len(tokens):
+        return known if known < len(tokens) and list(tokens[:known]) == self.tokens else 0
+
+    def extend_to(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Make `tokens` the context, reusing what is there.
+
+        Returns the logits after the last one, fp32 [vocab].
+
+        Raises:
+            UsageError: as `prefill`; the context stays as it was.
+        """
+        known = self.shared(tokens)
+        self._check(tokens, 0)
+        if known == 0:
             self.reset()
-        return self._measured(lambda: self.prefill(tokens[len(self.tokens) :]))
+        return self.prefill(tokens[known:])
 
     def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
         """Append `tokens`, `ubatch` at a time; the logits after the last one, fp32 [vocab].
 
         Raises:
-            UsageError: no token, or more than the context holds.
+            UsageError: no token, one outside the vocabulary, or more than the context holds.
         """
-        if not tokens:
-            raise UsageError("an empty prompt; give it at least one token")
+        self._check(tokens, len(self.tokens))
         for chunk in _chunks(tokens, self._ubatch):
             logits = self._forward(chunk, last_only=True)
         return logits[-1]
 
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Append `tokens`; the logits after each of them, fp32 [tokens, vocab]."""
+        """Append `tokens`; the logits after each of them, fp32 [tokens, vocab].
+
+        Raises:
+            UsageError: as `prefill`.
+        """
+        self._check(tokens, len(self.tokens))
         chunks = _chunks(tokens, self._ubatch)
         return torch.cat([self._forward(chunk, last_only=False) for chunk in chunks])
 
-    def generate(
-        self,
-        prefilled: tuple[torch.Tensor, StepFigures],
-        sampler: Sampler,
-        count: int,
-        fixed: Sequence[int] = (),
-    ) -> Iterator[tuple[int, StepFigures, bool]]:
-        """Up to `count` tokens after the logits of `prefilled`; stops at a full context.
+    def _check(self, tokens: Sequence[int], known: int) -> None:
+        if not tokens:
+            raise UsageError("an empty prompt; give it at least one token")
+        vocabulary = self._model.config.get_text_config().vocab_size
+        if not (0 <= min(tokens) and max(tokens) < vocabulary):
+            raise UsageError(f"token ids must lie in 0 … {vocabulary - 1}, the model's vocabulary")
+        if known + len(tokens) > self._context:
+            raise UsageError(
+                f"{known + len(tokens)} tokens do not fit a context of {self._context}; raise "
+                "-c/--ctx-size, or shorten the prompt"
+            )
 
-        Yields each token, what the forward pass that led to it cost, and whether it is the last.
-        With `fixed`, those tokens are taken instead of sampled ones: the same stream for every
-        arm of a comparison.
+    def generate(
+        self, prompt: Sequence[int], chooser: Chooser, count: int
+    ) -> Iterator[tuple[int, StepFigures, bool]]:
+        """Up to `count` tokens after `prompt`; stops at a full context.
+
+        Yields each token, what it cost, and whether it is the last.
         """
-        logits, figures = prefilled
+        token, figures = self._measured(lambda: self._choose(self.extend_to(prompt), chooser))
         for i in range(count):
-            token = fixed[i] if fixed else sampler.choose(logits, torch.tensor(self.tokens))
             last = i + 1 == count or len(self.tokens) == self._context
             yield token, figures, last
             if last:
                 return
-            logits, figures = self.step(token)
+            token, figures = self.step(token, chooser)
 
-    def step(self, token: int) -> tuple[torch.Tensor, StepFigures]:
-        """Append one token: the logits after it, fp32 [vocab], and what that cost."""
-        return self._measured(lambda: self._forward([token], last_only=True)[-1])
+    def step(self, token: int, chooser: Chooser) -> tuple[int, StepFigures]:
+        """Append `token` and choose the one after it; that one, and what it cost."""
+        self._check([token], len(self.tokens))
+        return self._measured(
+            lambda: self._choose(self._forward([token], last_only=True)[-1], chooser)
+        )
 
-    def _measured(self, forward: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, StepFigures]:
+    def _choose(self, logits: torch.Tensor, chooser: Chooser) -> int:
+        return chooser.choose(logits, self.tokens)
+
+    def _measured(self, step: Callable[[], int]) -> tuple[int, StepFigures]:
         started, before = time.perf_counter(), self._ledger.snapshot()
-        logits = forward()
+        token = step()
         seconds = time.perf_counter() - started
-        return logits, StepFigures(seconds, self._ledger.snapshot() - before)
+        return token, StepFigures(seconds, self._ledger.snapshot() - before)
 
     def _forward(self, tokens: Sequence[int], *, last_only: bool) -> torch.Tensor:
-        if len(self.tokens) + len(tokens) > self._context:
-            raise UsageError(
-                f"{len(self.tokens) + len(tokens)} tokens do not fit a context of {self._context}; "
-                "raise -c/--ctx-size, or shorten the prompt"
-            )
         keep = {"logits_to_keep": 1} if last_only and self._few_logits else {}
         forward: Callable[..., Any] = self._model
         self._hook.start_forward()

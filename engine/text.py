@@ -6,22 +6,32 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tierrun.io.errors import UsageError
+from tierrun.io.errors import StoreError, UsageError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _UNFINISHED = "\ufffd"
 """What a decoder puts where the bytes of a character are not all there yet."""
 
+_CONTEXT_TOKENS = 8
 _MOST_HELD_TOKENS = 16
 """A character has four bytes at most; beyond this the bytes are simply not text."""
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a store, or None where the checkpoint had none."""
+    """The tokenizer of a store, or None where the checkpoint had none.
+
+    Raises:
+        StoreError: its files are damaged.
+    """
     if not any((model_dir / name).is_file() for name in _TOKENIZER_FILES):
         return None
     load: Any = AutoTokenizer.from_pretrained
-    tokenizer: PreTrainedTokenizerBase = load(model_dir)
+    try:
+        tokenizer: PreTrainedTokenizerBase = load(model_dir)
+    except Exception as error:  # whatever a parser raises on a damaged file
+        raise StoreError(
+            f"{model_dir}: the tokenizer cannot be loaded ({error!r}); convert the model again"
+        ) from error
     return tokenizer
 
 
@@ -29,13 +39,19 @@ class TextStream:
     """Turns token ids into text piece by piece; never emits half a character.
 
     Text that could be the beginning of a stop string is held back until it is known not to be.
+    `prompt` are the ids before the first token: whether that begins with a space depends on them.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+    ) -> None:
         self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
-        self._ids: list[int] = []
+        self._ids = list(prompt[-_CONTEXT_TOKENS:])
         self._start = 0
-        self._done = 0
+        self._done = len(self._ids)
         self._held = ""
         self.stopped = False
 
@@ -62,7 +78,9 @@ class TextStream:
         pending = len(self._ids) - self._done
         if text.endswith(_UNFINISHED) and not last and pending < _MOST_HELD_TOKENS:
             return ""
-        self._start, self._done = self._done, len(self._ids)
+        if len(text) > len(before):  # a token without text is no context for the next one
+            self._start = self._done
+        self._done = len(self._ids)
         return text[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:

@@ -25,13 +25,11 @@ def token_records(
 ) -> Iterator[TokenRecord]:
     """A record for each step (token, cost, whether it is the last), up to the answer's end."""
     for token, figures, last in steps:
-        if token in ends:
-            yield TokenRecord(token, text.finish() if text else "", figures, "stop")
-            return
-        piece = text.add(token) if text else ""
-        if text and text.stopped:
-            yield TokenRecord(token, piece, figures, "stop")
-            return
-        if last and text:
+        piece = text.add(token) if text and token not in ends else ""
+        if text and (last or token in ends):
             piece += text.finish()
-        yield TokenRecord(token, piece, figures, "length" if last else None)
+        stopped = token in ends or bool(text and text.stopped)
+        finish = "stop" if stopped else "length" if last else None
+        yield TokenRecord(token, piece, figures, finish)
+        if finish:
+            return

@@ -13,6 +13,8 @@ from pathlib import Path
 import aiofiles
 from aiofiles.threadpool.binary import AsyncFileIO
 
+from tierrun.io.reader import num_threads
+
 
 class BufferedReader:
     """Reads with plain files; see `Reader`.
@@ -25,7 +27,9 @@ class BufferedReader:
     def __init__(self, paths: Sequence[Path], depth: int) -> None:
         self._paths = list(paths)
         self._idle: list[list[AsyncFileIO]] = [[] for _ in paths]
-        self._pool = ThreadPoolExecutor(depth, thread_name_prefix="tierrun-buffered")
+        self._pool = ThreadPoolExecutor(
+            num_threads(paths, depth), thread_name_prefix="tierrun-buffered"
+        )
 
     async def read(self, shard: int, offset: int, into: memoryview) -> None:
         file = await self._take(shard)

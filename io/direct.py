@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tierrun.io.reader import num_threads
+
 
 class DirectReader:
     """Reads with O_DIRECT; see `Reader`."""
@@ -19,7 +21,9 @@ class DirectReader:
 
     def __init__(self, paths: Sequence[Path], depth: int) -> None:
         self._fds = [os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC) for path in paths]
-        self._pool = ThreadPoolExecutor(depth, thread_name_prefix="tierrun-direct")
+        self._pool = ThreadPoolExecutor(
+            num_threads(paths, depth), thread_name_prefix="tierrun-direct"
+        )
 
     async def read(self, shard: int, offset: int, into: memoryview) -> None:
         loop = asyncio.get_running_loop()

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tierrun.io.reader import num_threads
+
 
 class MappedReader:
     """Copies from mappings; see `Reader`."""
@@ -24,7 +26,9 @@ class MappedReader:
         self._fds = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths]
         self._maps = [mmap.mmap(fd, 0, prot=mmap.PROT_READ) for fd in self._fds]
         self._views = [np.frombuffer(mapping, dtype=np.uint8) for mapping in self._maps]
-        self._pool = ThreadPoolExecutor(depth, thread_name_prefix="tierrun-mmap")
+        self._pool = ThreadPoolExecutor(
+            num_threads(paths, depth), thread_name_prefix="tierrun-mmap"
+        )
 
     async def read(self, shard: int, offset: int, into: memoryview) -> None:
         loop = asyncio.get_running_loop()

@@ -62,7 +62,8 @@ def choose_reader(requested: str, paths: Sequence[Path], strict: bool = False) -
 
 
 def open_reader(name: str, paths: Sequence[Path], depth: int) -> Reader:
-    """Open the reader called `name` on the shards at `paths`, for `depth` reads at once."""
+    """Open the reader called `name` on the shards at `paths`, `depth` reads at once in each of
+    their directories."""
     if name == "direct":
         from tierrun.io.direct import DirectReader
 
@@ -74,6 +75,11 @@ def open_reader(name: str, paths: Sequence[Path], depth: int) -> Reader:
     from tierrun.io.buffered import BufferedReader
 
     return BufferedReader(paths, depth)
+
+
+def num_threads(paths: Sequence[Path], depth: int) -> int:
+    """Threads that keep `depth` reads going in every directory."""
+    return max(1, depth * len({path.parent for path in paths}))
 
 
 def _first_obstacle(paths: Sequence[Path]) -> str | None:

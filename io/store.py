@@ -13,13 +13,18 @@ directories the first holds the manifest and shards may lie in any.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tierrun.io.errors import CorruptError, StoreError, VersionError
 from tierrun.io.extent import PAGE, Extent
+from tierrun.io.header import DTYPE_BYTES
 
 FORMAT_VERSION = 1
+DENSE_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
+"""Bytes per element of the codecs that store numbers as they are."""
+
 MANIFEST = "store.json"
 MODEL_DIR = "model"
 
@@ -208,7 +213,7 @@ class Store:
         """
         roots = tuple(Path(directory) for directory in directories)
         manifest = read_manifest(roots[0])
-        paths = tuple(_find_shard(shard, roots) for shard in manifest.shards)
+        paths = tuple(_find_shard(i, manifest, roots) for i in range(len(manifest.shards)))
         return cls(manifest, roots, paths)
 
     @property
@@ -237,7 +242,8 @@ def read_manifest(root: Path) -> Manifest:
     return Manifest.from_json(path.read_text(errors="replace"), path)
 
 
-def _find_shard(shard: Shard, roots: tuple[Path, ...]) -> Path:
+def _find_shard(index: int, manifest: Manifest, roots: tuple[Path, ...]) -> Path:
+    shard = manifest.shards[index]
     for root in roots:
         path = root / shard.name
         if not path.is_file():
@@ -245,14 +251,30 @@ def _find_shard(shard: Shard, roots: tuple[Path, ...]) -> Path:
         size = path.stat().st_size
         if size != shard.nbytes:
             raise CorruptError(
-                f"{path} has {size} bytes, the store says {shard.nbytes}: truncated or "
-                "overwritten; convert the model again"
+                f"{path} has {size} bytes, the store says {shard.nbytes}: truncated or overwritten"
+                f"{_first_lost(index, size, manifest)}; convert the model again"
             )
         return path
     raise StoreError(
         f"shard {shard.name} is in none of {', '.join(map(str, roots))}; "
         "name every directory of the store with --nvme-dir"
     )
+
+
+def _first_lost(index: int, size: int, manifest: Manifest) -> str:
+    """What of a shard that ends at `size` is the first to be incomplete."""
+    lost = [
+        (record.offset, f"layer {number}, expert {expert}")
+        for number, layer in enumerate(manifest.layers)
+        for expert, record in enumerate(layer.records)
+        if record.shard == index and record.offset + manifest.class_of(number).nbytes > size
+    ]
+    lost += [
+        (resident.extent.offset, resident.name)
+        for resident in manifest.residents
+        if resident.shard == index and resident.extent.end > size
+    ]
+    return f", lost from {min(lost)[1]} on" if lost else ""
 
 
 def _check_bounds(manifest: Manifest, path: Path) -> None:
@@ -282,6 +304,9 @@ def _check_bounds(manifest: Manifest, path: Path) -> None:
             check(what, record.shard, Extent(record.offset, nbytes))
     for resident in manifest.residents:
         check(resident.name, resident.shard, resident.extent)
+        itemsize = DTYPE_BYTES.get(resident.dtype)
+        if itemsize is not None and prod(resident.shape) * itemsize != resident.extent.nbytes:
+            raise CorruptError(f"{path}: {resident.name} has a shape that is not its bytes")
 
 
 def _check_class(number: int, cls: RecordClass, path: Path) -> None:
@@ -290,6 +315,9 @@ def _check_class(number: int, cls: RecordClass, path: Path) -> None:
     for matrix in cls.matrices:
         if min(matrix.extent) < 0 or matrix.extent.end > cls.nbytes:
             raise CorruptError(f"{path}: {matrix.name} ends outside its record")
+        itemsize = DENSE_BYTES.get(matrix.codec)
+        if itemsize is not None and prod(matrix.shape) * itemsize != matrix.extent.nbytes:
+            raise CorruptError(f"{path}: {matrix.name} has a shape that is not its bytes")
 
 
 def _hex(checksum: int) -> str:

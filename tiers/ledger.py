@@ -41,10 +41,6 @@ class Counters:
         names = [field.name for field in fields(self)]
         return Counters(**{name: getattr(self, name) - getattr(before, name) for name in names})
 
-    def __add__(self, other: "Counters") -> "Counters":
-        names = [field.name for field in fields(self)]
-        return Counters(**{name: getattr(self, name) + getattr(other, name) for name in names})
-
 
 class LayerTiming(NamedTuple):
     """One experts layer of one forward pass, in seconds and bytes.

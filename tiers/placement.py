@@ -152,6 +152,14 @@ class Placement:
         self.harvest()
         return True
 
+    def abandon(self, layer: int, experts: Sequence[int]) -> None:
+        """Give back slots that were taken for `experts` and whose read was never queued."""
+        for index in self.indices(layer, experts).tolist():
+            tier, slot = self.homes[index]
+            if slot not in tier.tickets:
+                del self.homes[index]
+                tier.give(slot)
+
     def settle(self, slot: int) -> None:
         """A landing slot whose read has ended becomes READY, or FREE where the read failed."""
         ticket = self.landing.tickets.pop(slot)

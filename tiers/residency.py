@@ -97,11 +97,15 @@ class Residency:
             counters.warm += 1
 
     def _demand(self, lease: "Lease", experts: Sequence[int]) -> None:
-        slots = [self._slot_for(ExpertKey(lease.layer, expert)) for expert in experts]
-        pairs = list(zip(experts, slots, strict=True))
-        for (expert, slot), ticket in zip(
-            pairs, self.placement.read(lease.layer, pairs, Priority.DEMAND), strict=True
-        ):
+        pairs: list[tuple[int, int]] = []
+        try:
+            for expert in experts:
+                pairs.append((expert, self._slot_for(ExpertKey(lease.layer, expert))))
+            tickets = self.placement.read(lease.layer, pairs, Priority.DEMAND)
+        except BaseException:  # Ctrl-C while waiting for a slot: no read will ever fill these
+            self.placement.abandon(lease.layer, [expert for expert, _ in pairs])
+            raise
+        for (expert, slot), ticket in zip(pairs, tickets, strict=True):
             lease.add(Held(expert, self.placement.landing, slot), ticket)
         self.placement.ledger.counters.cold += len(experts)
 

@@ -8,7 +8,8 @@ import mmap
 
 import torch
 
-from tierrun.io.extent import PAGE
+from tierrun.io.errors import BudgetError
+from tierrun.io.extent import PAGE, format_bytes
 
 _HUGE_PAGE = 2 << 20
 
@@ -45,7 +46,10 @@ def _allocate(nbytes: int, pinned: bool) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     # Private, because huge pages are not given to shared anonymous memory, Python's default; into
     # scattered small pages a drive reads at a third of its speed (measured: bench/reads.py).
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise BudgetError(f"{format_bytes(nbytes)} of memory are refused ({error})") from None
     if nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

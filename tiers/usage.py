@@ -80,6 +80,7 @@ class UsageFile:
         try:
             with os.fdopen(fd, "w") as file:
                 json.dump(document, file)
+            os.chmod(name, 0o644)  # others may run the store too
             os.replace(name, self.path)
         except BaseException:
             os.unlink(name)

@@ -4,6 +4,7 @@ Flags have the names that llama.cpp's users expect. `tierrun --nvme-dir DIR -p t
 `tierrun run …`, and options may stand before the command.
 """
 
+import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -21,9 +22,8 @@ NvmeDir = Annotated[
     list[Path] | None,
     typer.Option(
         "--nvme-dir",
-        envvar="TIERRUN_NVME_DIR",
         help="Directory of the store. Repeat it for shards on several drives; "
-        "the first holds the manifest.",
+        "the first holds the manifest. [env var: TIERRUN_NVME_DIR]",
         show_default=False,
     ),
 ]
@@ -32,15 +32,18 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, on std
 
 
 def store_directories(argument: list[Path] | None, option: list[Path] | None) -> list[Path]:
-    """The directories of a store named either way.
+    """The directories of a store named either way, or in the environment (separated by `:`).
 
     Raises:
-        UsageError: not named at all.
+        UsageError: named both ways, or not at all.
     """
-    directories = [*(option or []), *(argument or [])]
-    if not directories:
+    if argument and option:
+        raise UsageError("name the store once: as an argument or with --nvme-dir")
+    inherited = os.environ.get("TIERRUN_NVME_DIR", "")
+    named = argument or option or [Path(part) for part in inherited.split(os.pathsep) if part]
+    if not named:
         raise UsageError("no store: name its directory, or give --nvme-dir DIR")
-    return directories
+    return named
 
 
 def normalise(
@@ -56,28 +59,30 @@ def normalise(
             return [argv[i], *argv[:i], *argv[i + 1 :]]
         if argv[i] in value_options:
             next(words, None)
-    asks = not argv or any(word in ("-h", "--help", "--version") for word in argv)
+    asks = not argv or argv[0] in ("-h", "--help", "--version")
     return list(argv) if asks else ["run", *argv]
 
 
-def read_prompt(prompt: str | None, file: Path | None) -> str | None:
-    """The text to continue: from `-p`, from `-f`, from a pipe; None for a chat on a terminal.
+def read_prompt(
+    prompt: str | None, file: Path | None, token_ids: str | None
+) -> str | list[int] | None:
+    """What to continue: `-p`, `-f`, `--token-ids` or a pipe; None for a chat on a terminal.
 
     Raises:
-        UsageError: a file that cannot be read, or both.
+        UsageError: more than one of them, or one that cannot be read.
     """
-    if prompt is not None and file is not None:
-        raise UsageError("-p/--prompt and -f/--file exclude each other")
-    if file is not None:
-        try:
-            return file.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"-f {file}: {error}") from None
+    if sum(source is not None for source in (prompt, file, token_ids)) > 1:
+        raise UsageError("-p/--prompt, -f/--file and --token-ids exclude each other")
+    if token_ids is not None:
+        return parse_ids(token_ids, "--token-ids")
     if prompt is not None and prompt != "-":
         return prompt
-    if prompt == "-" or not sys.stdin.isatty():
-        return sys.stdin.read()
-    return None
+    if file is None and prompt is None and sys.stdin.isatty():
+        return None
+    try:
+        return (sys.stdin.buffer.read() if file is None else file.read_bytes()).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the prompt in {file or 'stdin'} cannot be read: {error}") from None
 
 
 def parse_ids(text: str, flag: str) -> list[int]:

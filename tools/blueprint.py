@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tierrun.engine.architecture import expert_parameters, experts_modules, top_k
+from tierrun.engine.codecs.dense import CODECS
 from tierrun.io.errors import CheckpointError
 from tierrun.tools.completeness import check_experts, check_parameters, check_shape
 from tierrun.tools.mapping import Assembly, Mapping, ignored
@@ -24,9 +25,6 @@ from tierrun.tools.recipes import (
 )
 
 log = logging.getLogger(__name__)
-
-CODECS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
-"""The codecs that hold a matrix as it is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 import tierrun
-from tierrun.io.errors import TierrunError
+from tierrun.engine.options import Options
+from tierrun.io.errors import TierrunError, UsageError
 from tierrun.tools.arguments import (
     Json,
     NvmeDir,
@@ -21,6 +22,10 @@ from tierrun.tools.arguments import (
     read_prompt,
     store_directories,
 )
+
+log = logging.getLogger(__name__)
+
+_DEFAULT = Options()
 
 app = typer.Typer(
     help="Run Mixture-of-Experts models larger than VRAM, larger than RAM, larger than both.\n\n"
@@ -58,13 +63,13 @@ def run(
     ] = -1,
     ctx_size: Annotated[
         int, typer.Option("-c", "--ctx-size", "--max-model-len", help="Context; 0: the model's.")
-    ] = 0,
+    ] = _DEFAULT.context,
     threads: Annotated[
         int, typer.Option("-t", "--threads", envvar="TIERRUN_THREADS", help="0: torch's choice.")
-    ] = 0,
+    ] = _DEFAULT.threads,
     ubatch: Annotated[
         int, typer.Option("-ub", "--ubatch-size", help="Prompt tokens per forward pass.")
-    ] = 512,
+    ] = _DEFAULT.ubatch,
     temp: Annotated[
         float | None, typer.Option("--temp", help="0: greedy. Default: the model's.")
     ] = None,
@@ -76,7 +81,8 @@ def run(
     ] = None,
     seed: Annotated[int | None, typer.Option("-s", "--seed", help="Default: random.")] = None,
     stop: Annotated[
-        list[str] | None, typer.Option("--stop", "-r", help="End the answer at this text.")
+        list[str] | None,
+        typer.Option("--stop", "-r", "--reverse-prompt", help="End the answer at this text."),
     ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on past end-of-sequence.")
@@ -85,22 +91,29 @@ def run(
         str | None,
         typer.Option("--fixed-tokens", help="Token ids fed instead of sampled ones (benchmarks)."),
     ] = None,
-    device: Annotated[str, typer.Option("--device", envvar="TIERRUN_DEVICE")] = "cpu",
+    device: Annotated[str, typer.Option("--device", envvar="TIERRUN_DEVICE")] = (_DEFAULT.device),
     vram: Annotated[
         str,
         typer.Option("--vram", envvar="TIERRUN_VRAM", help="Hot tier: auto, 0, 8GiB, 50%."),
-    ] = "auto",
+    ] = _DEFAULT.vram,
     ram: Annotated[
         str, typer.Option("--ram", envvar="TIERRUN_RAM", help="Warm tier: auto, 0, 8GiB, 50%.")
-    ] = "auto",
+    ] = _DEFAULT.ram,
     io: Annotated[
         str, typer.Option("--io", envvar="TIERRUN_IO", help="auto, direct, mmap, buffered.")
-    ] = "auto",
-    policy: Annotated[str, typer.Option("--policy", help="Replacement: lfru, lru.")] = "lfru",
+    ] = _DEFAULT.io,
+    policy: Annotated[str, typer.Option("--policy", help="Replacement: lfru, lru.")] = (
+        _DEFAULT.policy
+    ),
     lookahead: Annotated[
         str, typer.Option("--lookahead", help="Read what the next layer will want: on, off.")
     ] = "on",
-    strict: Annotated[bool, typer.Option("--strict", help="Fail instead of falling back.")] = False,
+    depth: Annotated[
+        int, typer.Option("--depth", help="Reads in flight per directory.")
+    ] = _DEFAULT.depth,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail where --io cannot be done as asked.")
+    ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -108,8 +121,9 @@ def run(
     _set_up_logging(verbose)
     directories = store_directories(store, nvme_dir)
     fixed = tuple(parse_ids(fixed_tokens, "--fixed-tokens")) if fixed_tokens else ()
-    text: str | list[int] | None
-    text = parse_ids(token_ids, "--token-ids") if token_ids else read_prompt(prompt, file)
+    text = read_prompt(prompt, file, token_ids)
+    if text is None and as_json:
+        raise UsageError("--json wants a prompt: -p, -f, --token-ids or a pipe")
     from tierrun.engine.engine import load
     from tierrun.tools.generate import Request, chat, complete
 
@@ -124,6 +138,7 @@ def run(
         context=ctx_size,
         ubatch=ubatch,
         threads=threads,
+        depth=depth,
         strict=strict,
     ) as engine:
         sampling = engine.defaults.sampling(
@@ -134,6 +149,8 @@ def run(
             repetition_penalty=repeat_penalty,
             seed=seed,
         )
+        if sampling.temperature == 0 and not {top_k, top_p, min_p, seed} <= {None}:
+            log.warning("at temperature 0 the most probable token is taken; give --temp to sample")
         request = Request(predict, sampling, tuple(stop or ()), ignore_eos, fixed)
         if text is None:
             chat(engine, request)
@@ -249,7 +266,7 @@ def _print_listing(directories: list[Path], *, as_json: bool) -> None:
 
 def _switch(flag: str, text: str) -> bool:
     if text not in ("on", "off"):
-        raise typer.BadParameter(f"{flag} is on or off, not {text!r}")
+        raise UsageError(f"{flag} is on or off, not {text!r}")
     return text == "on"
 
 
@@ -267,12 +284,24 @@ def main() -> None:
     takes_value = {name for param in options for name in param.opts if name.startswith("-")}
     argv = normalise(sys.argv[1:], group.commands, takes_value)
     try:
-        app(argv)
+        sys.exit(app(argv, standalone_mode=False))
+    except _ArgumentError as error:
+        _fail(f"{error.format_message()} (tierrun {argv[0]} --help)", 2)
     except TierrunError as error:
-        typer.echo(f"tierrun: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
+        _fail(str(error), error.exit_code)
+    except BrokenPipeError:  # `tierrun … | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename or 'the operating system'}: {error.strerror or error}", 1)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+
+
+_ArgumentError: Any = typer.BadParameter.__mro__[2]
+"""click's ClickException, wherever this version of typer keeps its click."""
+
+
+def _fail(message: str, exit_code: int) -> None:
+    typer.echo(f"tierrun: {message}", err=True)
+    sys.exit(exit_code)

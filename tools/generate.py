@@ -3,6 +3,7 @@
 import json
 import logging
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from tierrun.engine.experts import Interrupted
 from tierrun.engine.sampling import Sampling
 from tierrun.engine.session import Session
 from tierrun.engine.text import encode, encode_chat
+from tierrun.engine.tokens import TokenRecord
+from tierrun.io.errors import TierrunError
 from tierrun.tools.report import Answer
 
 log = logging.getLogger(__name__)
@@ -61,11 +64,30 @@ def chat(engine: Engine, request: Request) -> None:
             messages.clear()
             session.reset()
         elif said:
-            messages.append({"role": "user", "content": said})
-            ids = encode_chat(engine.tokenizer, messages)
-            answer = answer_to(engine, ids, request, console, session)
-            messages.append({"role": "assistant", "content": answer.text})
-            engine.save_usage()
+            _turn(engine, request, console, session, messages, said)
+
+
+def _turn(
+    engine: Engine,
+    request: Request,
+    console: Console,
+    session: Session,
+    messages: list[dict[str, str]],
+    said: str,
+) -> None:
+    """One question and its answer; what goes wrong costs this turn, not the conversation."""
+    messages.append({"role": "user", "content": said})
+    try:
+        ids = encode_chat(engine.tokenizer, messages)
+        answer = answer_to(engine, ids, request, console, session)
+    except TierrunError as error:
+        messages.pop()
+        log.error("%s (/clear forgets the conversation)", error)
+        return
+    messages.append({"role": "assistant", "content": answer.text})
+    engine.save_usage()
+    if len(session.tokens) == engine.context:
+        log.warning("the context of %d tokens is full; /clear forgets it", engine.context)
 
 
 def _ask(console: Console) -> str | None:
@@ -83,29 +105,46 @@ def answer_to(
     engine: Engine, ids: list[int], request: Request, console: Console | None, session: Session
 ) -> Answer:
     """Generate after `ids`, print the text as it comes and the tiers' line after it."""
-    answer = Answer(prompt_tokens=len(ids))
-    busy = engine.queue.figures().busy_seconds
-    with _interruptible(engine), suppress(Interrupted):
+    answer = Answer(prompt_tokens=len(ids) - session.shared(ids))
+    with _measured(engine, answer), _interruptible(engine), suppress(Interrupted):
         answer.interrupted = True
-        for token in engine.generate(
-            ids,
-            _UNLIMITED if request.predict < 0 else request.predict,
-            sampling=request.sampling,
-            stop=request.stop,
-            ignore_eos=request.ignore_eos,
-            fixed=request.fixed,
-            session=session,
-        ):
+        for token in _generate(engine, ids, request, session):
             answer.tokens.append(token)
             if console is not None:
                 write_raw(console, token.text or _shown_id(engine, token.id))
         answer.interrupted = False
-    answer.read_seconds = engine.queue.figures().busy_seconds - busy
     if console is not None:
         write_raw(console, "\n")
         console.print(f"[dim]{answer.line()}[/dim]", highlight=False, soft_wrap=True)
     log.debug("%s", answer.details())
     return answer
+
+
+def _generate(
+    engine: Engine, ids: list[int], request: Request, session: Session
+) -> Iterator[TokenRecord]:
+    return engine.generate(
+        ids,
+        _UNLIMITED if request.predict < 0 else request.predict,
+        sampling=request.sampling,
+        stop=request.stop,
+        ignore_eos=request.ignore_eos,
+        fixed=request.fixed,
+        session=session,
+    )
+
+
+@contextmanager
+def _measured(engine: Engine, answer: Answer) -> Iterator[None]:
+    """Fill in what `answer` cost, however it ends."""
+    started, before = time.perf_counter(), engine.stats()
+    try:
+        yield
+    finally:
+        after = engine.stats()
+        answer.seconds = time.perf_counter() - started
+        answer.counters = after.counters - before.counters
+        answer.read_seconds = after.read_seconds - before.read_seconds
 
 
 def _shown_id(engine: Engine, token: int) -> str:

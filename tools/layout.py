@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
+from tierrun.engine.codecs.dense import CODECS, DTYPE_NAMES
 from tierrun.io.extent import PAGE, Extent, align_up
 from tierrun.io.header import build_header
 from tierrun.io.store import (
@@ -24,9 +25,8 @@ from tierrun.io.store import (
     Shard,
     record_name,
 )
-from tierrun.tools.blueprint import CODECS, Blueprint, LayerRecipe
+from tierrun.tools.blueprint import Blueprint, LayerRecipe
 from tierrun.tools.recipes import ResidentRecipe
-from tierrun.tools.sources.safetensors import DTYPE_NAMES
 
 SHARD_BYTES = 8 << 30
 """Default size of a data file: few files, none too large to copy about."""

@@ -9,31 +9,22 @@ from tierrun.tiers.ledger import Counters
 
 @dataclass(slots=True)
 class Answer:
-    """One answer: its tokens, what the queue was busy with, and the sums that people ask for.
+    """One answer: its tokens, and what it cost as a whole, prompt and unfinished steps included.
 
-    `prompt_tokens` tokens were read before the first one; the first record carries their cost.
+    `prompt_tokens` were read before the first token; the first record carries their cost.
+    `read_seconds` is the time in which any read was under way.
     """
 
     prompt_tokens: int
     tokens: list[TokenRecord] = field(default_factory=list)
+    counters: Counters = field(default_factory=Counters)
+    seconds: float = 0.0
     read_seconds: float = 0.0
     interrupted: bool = False
 
     @property
     def text(self) -> str:
         return "".join(token.text for token in self.tokens)
-
-    @property
-    def seconds(self) -> float:
-        return sum(token.figures.seconds for token in self.tokens)
-
-    @property
-    def counters(self) -> Counters:
-        """The whole answer's, prompt included."""
-        total = Counters()
-        for token in self.tokens:
-            total = total + token.figures.counters
-        return total
 
     @property
     def tokens_per_second(self) -> float:

@@ -13,6 +13,7 @@ from tierrun.tiers.usage import UsageFile
 from tierrun.tools.convert import convert
 from tierrun.tools.generate import Request, answer_to, write_raw
 from tierrun.tools.progress import progress_bar
+from tierrun.tools.sources.safetensors import Checkpoint
 from tierrun.tools.stats import table
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
@@ -28,7 +29,7 @@ def run_demo(directory: Path | None, predict: int) -> None:
     The hot and the warm tier hold a fifth of the experts each; the rest is read as it is needed.
     """
     console = Console()
-    directory = directory or _cache_directory()
+    directory = directory or _cache_directory() / _checkpoint_name()
     with progress_bar("converting") as progress:
         manifest = convert(CHECKPOINT, directory, progress=progress)
     budget = tier_budget(manifest)
@@ -60,6 +61,12 @@ def _show(engine: Engine, prompt: str, predict: int, console: Console) -> None:
     answer_to(engine, ids, request, console, engine.session())
 
 
+def _checkpoint_name() -> str:
+    """A name of its own for each version of the demo model."""
+    with Checkpoint.open(CHECKPOINT) as checkpoint:
+        return f"demo-{checkpoint.fingerprint()[:8]}"
+
+
 def _cache_directory() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return cache / "tierrun" / "demo"
+    return cache / "tierrun"

@@ -14,20 +14,10 @@ from typing import Any, Self
 import torch
 from xxhash import xxh3_64, xxh3_128
 
+from tierrun.engine.codecs.dense import SAFETENSORS_DTYPES
 from tierrun.io.errors import CheckpointError
 from tierrun.io.header import TensorInfo, read_header
 from tierrun.tools.sources.files import check_index, read_json, refuse_quantised, weight_files
-
-TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
-    "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
-    "U32": torch.uint32, "F32": torch.float32, "I64": torch.int64, "U64": torch.uint64,
-    "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
-"""safetensors' dtype names and torch's."""
-
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
@@ -87,9 +77,9 @@ class Checkpoint:
             CheckpointError: a dtype that torch does not have.
         """
         path, info = self.tensors[name]
-        if info.dtype not in TORCH_DTYPES:
+        if info.dtype not in SAFETENSORS_DTYPES:
             raise CheckpointError(f"{path}: tensor {name} has the unknown dtype {info.dtype}")
-        return TORCH_DTYPES[info.dtype]
+        return SAFETENSORS_DTYPES[info.dtype]
 
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
         """Tensor `name` in fresh memory, or of its first dimension only `row` ([1, …]).
