@@ -1,6 +1,7 @@
 """Stores made by hand, without a model, and a reader without files."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -168,3 +169,11 @@ class FakeReader:
     async def close(self) -> None:
         assert not sum(self.in_flight.values()), "closed with reads in flight"
         self.closed = True
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Poll until it holds; an event of another thread comes, however slow the machine."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)

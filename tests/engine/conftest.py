@@ -101,5 +101,6 @@ def model(model_of: Callable[[str], Model]) -> Model:
 
 @pytest.fixture
 def own_store(model: Model, tmp_path: Path) -> Path:
-    """A copy of that model's store, to damage or change."""
-    return shutil.copytree(model.store, tmp_path / "own")
+    """A copy of that model's store as converted, to damage or change."""
+    unused = shutil.ignore_patterns("usage.*")
+    return shutil.copytree(model.store, tmp_path / "own", ignore=unused)

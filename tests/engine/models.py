@@ -31,6 +31,9 @@ OTHERS = tuple(family for family in FAMILIES if family not in ACCEPTED + REFUSED
 _LATENT: dict[str, Any] = {"num_key_value_heads": 4, "head_dim": 8}
 """Attention over a compressed state: as many key as query heads, rotated parts of eight."""
 
+_TOP_3: dict[str, Any] = {"num_experts_per_tok": 3}
+"""The order of a sum shows from three terms on."""
+
 _HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"] * 2}
 """Recurrent layers and attention in turn."""
 
@@ -39,8 +42,10 @@ _RUNNABLE: dict[str, dict[str, Any]] = {
         "initializer_range": 0.1,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "qwen3_moe": _TOP_3,
+    "gpt_oss": _TOP_3,
     "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
+    "deepseek_v3": _LATENT | _TOP_3,
     "deepseek_v32": _LATENT,
     "axk1": _LATENT,
     "axk2": _LATENT,

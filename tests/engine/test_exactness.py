@@ -31,7 +31,7 @@ def run(engine: Engine) -> Outcome:
     tokens = [record.id for record in engine.generate(PROMPT, 64, ignore_eos=True)]
     session = engine.session()
     prefill = session.logits(PROMPT)
-    decode = torch.stack([session.step(token)[0] for token in tokens[:24]])
+    decode = torch.stack([session.prefill([token]) for token in tokens[:24]])
     return Outcome(prefill, decode, tokens)
 
 
@@ -222,7 +222,9 @@ def test_a_flipped_bit_in_a_resident_weight_is_caught_at_load(own_store: Path) -
     for resident in store.manifest.residents[::5]:
         path = store.shard_paths[resident.shard]
         flip(path, resident.extent.end - 1)
-        with pytest.raises(CorruptError, match=f"resident weight {resident.name} differs") as caught:
+        with pytest.raises(
+            CorruptError, match=f"resident weight {resident.name} differs"
+        ) as caught:
             tierrun.load(own_store, ram="1GiB")
         assert str(path) in str(caught.value)
         flip(path, resident.extent.end - 1)

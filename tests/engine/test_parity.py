@@ -1,10 +1,13 @@
 """Every family's logits and tokens are transformers' own."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from tests.engine.conftest import PROMPT, Model, Reference
-from tests.engine.models import ACCEPTED, OTHERS, REFUSED
+import torch
+from tests.checkpoints import reference
+from tests.engine.conftest import PROMPT, Model, Reference, convert
+from tests.engine.models import ACCEPTED, OTHERS, REFUSED, save_runnable
 
 import tierrun
 from tierrun.io.errors import ModelError
@@ -63,6 +66,21 @@ def test_lookahead_finds_the_router(family: str, model_of: ModelOf) -> None:
         counters = engine.stats().counters
     assert counters.ahead_issued > 0
     assert counters.ahead_useful + counters.ahead_late > 0, "and what it says comes true"
+
+
+@pytest.mark.parametrize("family", ACCEPTED)
+def test_a_bf16_checkpoint_runs_as_its_widening_to_fp32(family: str, tmp_path: Path) -> None:
+    """As published checkpoints come: weights stay as stored, arithmetic is fp32."""
+    save_runnable(family, tmp_path / "checkpoint", dtype=torch.bfloat16)
+    model = convert(family, tmp_path / "checkpoint", tmp_path / "store")
+    with torch.no_grad():
+        theirs = reference(model.checkpoint, torch.float32)(torch.tensor([PROMPT])).logits[0]
+    with tierrun.load(model.store, ram=str(model.smallest)) as engine:
+        logits = engine.logits(PROMPT)
+        assert engine.stats().resident_bytes < 3 * sum(
+            p.numel() for p in engine.model.parameters() if not p.is_meta
+        ), "two bytes each"
+    assert (logits - theirs).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("family", REFUSED)

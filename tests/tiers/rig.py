@@ -123,3 +123,19 @@ def make_rig(
     finally:
         reader.held = lambda shard, offset: False
         queue.close()
+
+
+def hold_all(rig: Rig) -> None:
+    rig.reader.held = lambda shard, offset: True
+
+
+def let_go(rig: Rig) -> None:
+    rig.reader.held = lambda shard, offset: False
+
+
+def learn(rig: Rig, layer: int, experts: Sequence[int], times: int = 3) -> None:
+    """Decode that uses `experts` again and again, two at a time."""
+    for _ in range(times):
+        rig.residency.next_step()
+        for first in range(0, len(experts), 2):
+            rig.decode(layer, experts[first : first + 2])

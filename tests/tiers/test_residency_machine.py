@@ -189,4 +189,4 @@ class ResidencyMachine(RuleBasedStateMachine):
 
 @pytest.mark.timeout(240)
 class TestResidency(ResidencyMachine.TestCase):
-    settings = settings(max_examples=120, stateful_step_count=40, print_blob=False)
+    settings = settings(max_examples=200, stateful_step_count=40)
