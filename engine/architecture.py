@@ -23,6 +23,10 @@ a bias `<name>_bias`."""
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 """What transformers' `use_experts_implementation` leaves on every experts module that it routes."""
 
+_CANNOT_CONTINUE = {"jamba"}
+"""Model types whose recurrent layers, as transformers 5.23 writes them, start from nothing when
+they get several tokens at once, whatever their cache holds; one at a time they go on correctly."""
+
 _TOP_K_NAMES = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -114,6 +118,11 @@ def expert_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
     parameters = dict(module.named_parameters(recurse=False))
     names = [*EXPERT_MATRICES, *(f"{name}_bias" for name in EXPERT_MATRICES)]
     return {name: parameters[name] for name in names if name in parameters}
+
+
+def continues(model: PreTrainedModel) -> bool:
+    """Whether several tokens at once may follow a context that is not empty."""
+    return model.config.get_text_config().model_type not in _CANNOT_CONTINUE
 
 
 def top_k(model: PreTrainedModel, path: str) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
+from tierrun.engine.architecture import continues
 from tierrun.engine.experts import ExpertsHook
 from tierrun.engine.sampling import Chooser
 from tierrun.io.errors import ModelError, UsageError
@@ -44,6 +45,7 @@ class Session:
         self._model, self._hook, self._ledger = model, hook, ledger
         self._context, self._ubatch = context, ubatch
         self._few_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._continues = continues(model)
         self._cache: Cache | None = None
         self.tokens: list[int] = []
 
@@ -78,7 +80,7 @@ class Session:
             UsageError: no token, one outside the vocabulary, or more than the context holds.
         """
         self._check(tokens, len(self.tokens))
-        for chunk in _chunks(tokens, self._ubatch):
+        for chunk in self._chunks(tokens):
             logits = self._forward(chunk, last_only=True)
         return logits[-1]
 
@@ -89,8 +91,15 @@ class Session:
             UsageError: as `prefill`.
         """
         self._check(tokens, len(self.tokens))
-        chunks = _chunks(tokens, self._ubatch)
+        chunks = self._chunks(tokens)
         return torch.cat([self._forward(chunk, last_only=False) for chunk in chunks])
+
+    def _chunks(self, tokens: Sequence[int]) -> list[list[int]]:
+        """What goes through the model at once: `ubatch` tokens, where it can continue."""
+        size = self._ubatch
+        if not self._continues:
+            size = 1 if self.tokens else len(tokens)
+        return [list(tokens[i : i + size]) for i in range(0, len(tokens), size)]
 
     def _check(self, tokens: Sequence[int], known: int) -> None:
         if not tokens:
@@ -159,13 +168,9 @@ class Session:
 
 
 def _check_finite(logits: torch.Tensor, model: PreTrainedModel) -> None:
-    """A NaN means that the architecture reads a stored weight past its module (see `stored`)."""
+    """NaN is never an answer."""
     if logits[-1].isnan().any():
         raise ModelError(
-            f"{model.config.model_type} gave NaN: the checkpoint holds NaNs, or this architecture "
-            "reads weights in a way that tierrun does not support; please report it"
+            f"{model.config.model_type} gave NaN: the checkpoint holds NaNs or overflows; if it "
+            "runs in transformers, please report it"
         )
-
-
-def _chunks(tokens: Sequence[int], size: int) -> list[list[int]]:
-    return [list(tokens[i : i + size]) for i in range(0, len(tokens), size)]

@@ -2,14 +2,14 @@
 
 The module keeps its class's behaviour (an embedding that scales its rows goes on scaling them): a
 class between the module's own and torch's answers the inner `forward`. The `weight` attribute is a
-placeholder of NaNs with the right shape and dtype and no memory behind it, so that code which reads
-it directly is found out instead of being wrong quietly.
+placeholder without memory (`tierrun.engine.placeholder`).
 """
 
 import torch
 from torch import nn
 
 from tierrun.engine.kernels.cpu import CpuKernels
+from tierrun.engine.placeholder import Placeholder
 
 
 class StoredLinear(nn.Linear):
@@ -52,8 +52,7 @@ def store_back(module: nn.Module, stored: torch.Tensor, kernels: CpuKernels) -> 
     # The class is changed in place, as quantisation libraries do, because parents hold references.
     module.__class__ = _stored_class(type(module))
     assert isinstance(module, StoredLinear | StoredEmbedding)
-    placeholder = torch.full((), float("nan")).expand(stored.shape)
-    module.weight = nn.Parameter(placeholder, requires_grad=False)
+    module.weight = Placeholder.of(stored)
     module.stored, module.kernels = stored, kernels
     return module.weight
 

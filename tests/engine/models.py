@@ -23,10 +23,7 @@ ACCEPTED = (
 )
 """The families that every release must run like transformers."""
 
-REFUSED = ("jamba",)
-"""Reads the weight of a linear module past its forward, which is found out as NaN."""
-
-OTHERS = tuple(family for family in FAMILIES if family not in ACCEPTED + REFUSED)
+OTHERS = tuple(family for family in FAMILIES if family not in ACCEPTED)
 
 _LATENT: dict[str, Any] = {"num_key_value_heads": 4, "head_dim": 8}
 """Attention over a compressed state: as many key as query heads, rotated parts of eight."""

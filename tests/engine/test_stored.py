@@ -1,5 +1,7 @@
 """Weights computed with as stored equal their widening to fp32."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from tests.engine.conftest import PROMPT, Model
@@ -122,17 +124,38 @@ def test_only_modules_that_leave_the_weight_to_torch_are_stored(
     assert can_store(module) is good
 
 
-def test_the_placeholder_takes_no_memory_and_is_no_number() -> None:
+def test_the_placeholder_takes_no_memory() -> None:
     module = stored_linear(torch.randn(23, 9))
-    assert module.weight.shape == (23, 9)
-    assert module.weight.untyped_storage().nbytes() == 4
-    assert module.weight.isnan().all()
+    assert module.weight.shape == (23, 9) and module.weight.dtype == torch.float32
+    assert isinstance(module.weight, nn.Parameter)
+    with torch._C.DisableTorchFunctionSubclass():
+        assert module.weight.untyped_storage().nbytes() == 4
 
 
-def test_code_that_reads_a_stored_weight_itself_is_found_out(model: Model) -> None:
-    """An error instead of wrong logits."""
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w: w @ torch.ones(9, 2),
+        lambda w: torch.ones(2, 23) @ w,
+        lambda w: w.T,
+        lambda w: w.t().contiguous(),
+        lambda w: w.data + 0,
+        lambda w: w.detach() * 2,
+        lambda w: w[3:5],
+        lambda w: nn.functional.linear(torch.ones(2, 9), w),
+        lambda w: w.to(torch.float64),
+    ],
+)
+def test_code_that_reads_a_stored_weight_itself_gets_its_values(
+    read: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    weight = torch.randn(23, 9).to(torch.bfloat16)
+    assert torch.equal(read(stored_linear(weight).weight), read(weight.float()))
+
+
+def test_logits_with_nan_are_refused(model: Model) -> None:
     with tierrun.load(model.store, ram="1GiB") as engine:
         head = engine.model.get_output_embeddings()
-        head.forward = lambda x: nn.functional.linear(x, head.weight)
+        head.forward = lambda x: x * float("nan")
         with pytest.raises(ModelError, match="qwen3_moe gave NaN"):
             engine.logits(PROMPT)
