@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tierrun.bench.report import run_script
 from tierrun.bench.stream import token_stream
 from tierrun.engine.engine import Engine, load
 from tierrun.engine.tokens import TokenRecord
@@ -120,4 +121,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -26,14 +26,11 @@ from rich.table import Table
 from tierrun.bench import fio
 from tierrun.bench.cgroup import CgroupUsage, drop_caches, memory_cgroup
 from tierrun.bench.decode import DecodeRun
-from tierrun.bench.report import Spread, document, emit, open_console, spread
+from tierrun.bench.report import Spread, document, emit, open_console, run_script
+from tierrun.bench.rounds import ROWS, Round, spreads
 from tierrun.io.errors import TierrunError
 from tierrun.io.extent import format_bytes, parse_bytes
 from tierrun.io.store import Store
-from tierrun.tiers.ledger import bound_seconds
-
-RUNTIME_BYTES = 700 << 20
-"""What the process may use beside resident weights and budget."""
 
 AIM = 1.25
 """Time per token over the bound without foresight: no more than this."""
@@ -56,60 +53,6 @@ class Setting:
         options = [word for name, n in numbers.items() for word in (f"--{name}", str(n))]
         module = [sys.executable, "-m", "tierrun.bench.decode"]
         return [*module, str(self.store), "--ram", self.ram, flag, *options]
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One run, the cgroup it ran in, and the drive's bandwidth before and after it."""
-
-    lookahead: bool
-    run: DecodeRun
-    cgroup: CgroupUsage
-    fio_depth: int
-    bandwidths: tuple[float, float]
-
-    @property
-    def bandwidth(self) -> float:
-        return sum(self.bandwidths) / 2
-
-    def figures(self) -> dict[str, float]:
-        """Everything the table shows, per token where it is a time or a size."""
-        run, tokens = self.run, len(self.run.seconds)
-        blind, foresighted = bound_seconds(run.timings, self.bandwidth)
-        parts = {
-            name: sum(getattr(timing, name) for timing in run.timings)
-            for name in ("resident", "hits", "misses", "wait")
-        }
-        counters, total = run.counters, run.total_seconds
-        return {
-            "tokens_per_second": run.tokens_per_second,
-            "seconds_per_token": total / tokens,
-            "bound_no_foresight": blind / tokens,
-            "bound_foresight": foresighted / tokens,
-            "ratio_no_foresight": total / blind,
-            "ratio_foresight": total / foresighted,
-            **{f"{name}_seconds": seconds / tokens for name, seconds in parts.items()},
-            "other_seconds": (total - sum(parts.values())) / tokens,
-            "wait_share": counters.wait_seconds / total,
-            "hit_share": 1 - counters.cold / counters.lookups,
-            "hot": counters.hot / tokens,
-            "warm": counters.warm / tokens,
-            "cold": counters.cold / tokens,
-            "ahead_useful": counters.ahead_useful / tokens,
-            "ahead_late": counters.ahead_late / tokens,
-            "ahead_wasted": counters.ahead_wasted / tokens,
-            "ahead_dropped": counters.ahead_dropped / tokens,
-            "read_bytes": counters.read_bytes / tokens,
-            "read_bandwidth": counters.read_bytes / total,
-            "mean_depth": run.mean_depth,
-            "fio_depth": self.fio_depth,
-            "fio_bandwidth": self.bandwidth,
-            "peak_rss": run.peak_rss,
-            "rss_limit": run.resident_bytes + run.warm_bytes + RUNTIME_BYTES,
-            "cgroup_peak": self.cgroup.peak_bytes,
-            "cgroup_limit_hits": self.cgroup.limit_hits,
-            "load_seconds": run.load_seconds,
-        }
 
 
 def run_once(setting: Setting, lookahead: bool) -> tuple[DecodeRun, CgroupUsage]:
@@ -161,39 +104,6 @@ def _line(done: Round) -> str:
     )
 
 
-_ROWS: tuple[tuple[str, str, float, int], ...] = (
-    ("tokens per second", "tokens_per_second", 1, 2),
-    ("time per token, ms", "seconds_per_token", 1e3, 0),
-    ("bound without foresight, ms", "bound_no_foresight", 1e3, 0),
-    ("bound with foresight, ms", "bound_foresight", 1e3, 0),
-    ("time / bound without foresight", "ratio_no_foresight", 1, 2),
-    ("time / bound with foresight", "ratio_foresight", 1, 2),
-    ("  resident compute, ms", "resident_seconds", 1e3, 0),
-    ("  compute of hits, ms", "hits_seconds", 1e3, 0),
-    ("  compute of misses, ms", "misses_seconds", 1e3, 0),
-    ("  waiting, ms", "wait_seconds", 1e3, 0),
-    ("  everything else, ms", "other_seconds", 1e3, 0),
-    ("waiting, % of the time", "wait_share", 100, 0),
-    ("hits, %", "hit_share", 100, 1),
-    ("lookups per token: hot", "hot", 1, 1),
-    ("lookups per token: warm", "warm", 1, 1),
-    ("lookups per token: cold", "cold", 1, 1),
-    ("  read ahead in time", "ahead_useful", 1, 1),
-    ("  read ahead, late", "ahead_late", 1, 1),
-    ("  read ahead for nothing", "ahead_wasted", 1, 1),
-    ("  dropped unread", "ahead_dropped", 1, 1),
-    ("read per token, GB", "read_bytes", 1e-9, 3),
-    ("read bandwidth, GB/s of all time", "read_bandwidth", 1e-9, 2),
-    ("records in flight, mean", "mean_depth", 1, 2),
-    ("fio bandwidth, GB/s", "fio_bandwidth", 1e-9, 2),
-    ("peak RSS, MiB", "peak_rss", 2**-20, 0),
-    ("  allowed, MiB", "rss_limit", 2**-20, 0),
-    ("cgroup peak, MiB", "cgroup_peak", 2**-20, 0),
-    ("load, s", "load_seconds", 1, 1),
-)
-"""Label, figure, scale and digits of the table's rows."""
-
-
 def _table(setting: Setting, arms: dict[str, dict[str, Spread]], rounds: int) -> Table:
     table = Table(
         title=f"{setting.tokens} tokens after {setting.warmup}, --ram {setting.ram} in a cgroup of "
@@ -202,14 +112,9 @@ def _table(setting: Setting, arms: dict[str, dict[str, Spread]], rounds: int) ->
     table.add_column("")
     for name in arms:
         table.add_column(name, justify="right")
-    for label, figure, scale, digits in _ROWS:
+    for label, figure, scale, digits in ROWS:
         table.add_row(label, *(arm[figure].text(digits, scale) for arm in arms.values()))
     return table
-
-
-def _spreads(rounds: list[Round]) -> dict[str, Spread]:
-    figures = [done.figures() for done in rounds]
-    return {name: spread([row[name] for row in figures]) for name in figures[0]}
 
 
 def _verdict(arms: dict[str, dict[str, Spread]], setting: Setting) -> dict[str, bool]:
@@ -241,8 +146,8 @@ def main(
     console.print(f"{store}: {format_bytes(nbytes)} of experts")
     done = measure(setting, rounds, seconds, console)
     arms = {
-        "look-ahead on": _spreads([x for x in done if x.lookahead]),
-        "look-ahead off": _spreads([x for x in done if not x.lookahead]),
+        "look-ahead on": spreads([x for x in done if x.lookahead]),
+        "look-ahead off": spreads([x for x in done if not x.lookahead]),
     }
     console.print(_table(setting, arms, rounds))
     verdict = _verdict(arms, setting)
@@ -261,4 +166,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from tierrun.bench.decode import PROMPT_TOKENS, peak_rss
+from tierrun.bench.report import run_script
 from tierrun.bench.stream import token_stream
 from tierrun.engine.architecture import build_meta, experts_modules, read_config
 
@@ -132,4 +133,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

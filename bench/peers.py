@@ -25,7 +25,7 @@ from rich.table import Table
 from tierrun.bench.cgroup import drop_caches, memory_cgroup
 from tierrun.bench.decode import DecodeRun
 from tierrun.bench.offloaded import Map, OffloadedRun
-from tierrun.bench.report import Spread, document, emit, open_console, spread
+from tierrun.bench.report import Spread, document, emit, open_console, run_script, spread
 from tierrun.io.errors import TierrunError, UsageError
 from tierrun.io.extent import format_bytes, parse_bytes
 
@@ -173,7 +173,7 @@ def main(
     warmup: Annotated[int, typer.Option(help="Tokens before the measured ones.")] = 32,
     tokens: Annotated[int, typer.Option(help="Tokens measured of tierrun.")] = 32,
     peer_tokens: Annotated[int, typer.Option(help="Tokens measured of accelerate.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="Of all arms.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Of all arms.")] = 2,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the JSON document here.")
     ] = None,
@@ -207,4 +207,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -10,12 +10,15 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import typer
 from rich.console import Console
+
+from tierrun.io.errors import TierrunError
 
 PACKAGES = ("torch", "transformers", "numpy", "uvloop")
 
@@ -40,6 +43,17 @@ def open_console() -> Console:
     """The terminal; as wide as the tables where the output is a file."""
     console = Console()
     return console if console.is_terminal else Console(width=_FILE_WIDTH)
+
+
+def run_script(main: Callable[..., None]) -> None:
+    """`main` as a command line; what a user or a disk causes is one line, no traceback."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    try:
+        app()
+    except TierrunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def spread(values: Sequence[float]) -> Spread:

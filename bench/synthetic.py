@@ -16,201 +16,25 @@ makes `checkpoint/` (Hugging Face, bf16, sharded, no tokenizer) and `store/` in 
 counts, over one prompt, the share of activations that the most used experts take.
 """
 
-import json
-import math
-import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import Qwen3MoeConfig
 
-from tierrun.bench.report import open_console
+from tierrun.bench.checkpoint import Shape, build_checkpoint
+from tierrun.bench.report import open_console, run_script
 from tierrun.bench.stream import token_stream
 from tierrun.engine.engine import load
 from tierrun.io.extent import format_bytes
-from tierrun.io.header import build_header
 from tierrun.io.store import Manifest
 from tierrun.tiers.usage import top_shares
 from tierrun.tools.convert import convert
 
 PERCENTS = (1.0, 5.0, 10.0, 15.0, 20.0, 40.0)
 """Where the skew curve is printed."""
-
-_SHARD_BYTES = 2 << 30
-_STRIDE = 4099
-"""Elements (a prime) between the windows of two matrices in the random buffer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The model's dimensions; the defaults give 6.2 GiB of experts in records of 9.4 MB."""
-
-    layers: int = 11
-    experts: int = 64
-    top_k: int = 8
-    hidden: int = 2048
-    intermediate: int = 768
-    heads: int = 16
-    kv_heads: int = 4
-    head_dim: int = 128
-    vocabulary: int = 4096
-    sigma: float = 2.1
-
-    @property
-    def rms(self) -> float:
-        """Of an embedding row: H normal dimensions, one of them replaced by 8."""
-        return math.sqrt((64 + self.hidden) / self.hidden)
-
-
-class Weight(NamedTuple):
-    """A tensor of the checkpoint and what it holds: ones, embedding, router, or noise."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str = "noise"
-
-    @property
-    def nbytes(self) -> int:
-        return 2 * math.prod(self.shape)
-
-
-def weights(shape: Shape) -> Iterator[Weight]:
-    """Every tensor of the checkpoint, in file order."""
-    yield Weight("model.embed_tokens.weight", (shape.vocabulary, shape.hidden), "embedding")
-    for layer in range(shape.layers):
-        yield from _layer_weights(shape, f"model.layers.{layer}")
-    yield Weight("model.norm.weight", (shape.hidden,), "ones")
-    yield Weight("lm_head.weight", (shape.vocabulary, shape.hidden))
-
-
-def _layer_weights(shape: Shape, layer: str) -> Iterator[Weight]:
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-        yield Weight(f"{layer}.self_attn.{name}.weight", (rows, shape.hidden))
-    yield Weight(f"{layer}.self_attn.o_proj.weight", (shape.hidden, queries))
-    for name, size in (
-        ("self_attn.q_norm", shape.head_dim),
-        ("self_attn.k_norm", shape.head_dim),
-        ("input_layernorm", shape.hidden),
-        ("post_attention_layernorm", shape.hidden),
-    ):
-        yield Weight(f"{layer}.{name}.weight", (size,), "ones")
-    yield Weight(f"{layer}.mlp.gate.weight", (shape.experts, shape.hidden), "router")
-    for expert in range(shape.experts):
-        for name in ("gate_proj", "up_proj"):
-            path = f"{layer}.mlp.experts.{expert}.{name}.weight"
-            yield Weight(path, (shape.intermediate, shape.hidden))
-        path = f"{layer}.mlp.experts.{expert}.down_proj.weight"
-        yield Weight(path, (shape.hidden, shape.intermediate))
-
-
-class _Maker:
-    """Makes the values of each weight, in order, from one seed."""
-
-    def __init__(self, shape: Shape, seed: int) -> None:
-        self._shape = shape
-        self._random = torch.Generator().manual_seed(seed)
-        noise = [weight for weight in weights(shape) if weight.kind == "noise"]
-        size = max(math.prod(weight.shape) for weight in noise) + _STRIDE * len(noise)
-        self._buffer = (self._normal(size) * 0.02).to(torch.bfloat16)
-        self._windows = 0
-
-    def _normal(self, *size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=self._random)
-
-    def make(self, weight: Weight) -> torch.Tensor:
-        """bf16, flat."""
-        if weight.kind == "ones":
-            return torch.ones(weight.shape, dtype=torch.bfloat16)
-        if weight.kind == "embedding":
-            return self._embedding(weight)
-        if weight.kind == "router":
-            return self._router(weight)
-        first = _STRIDE * self._windows
-        self._windows += 1
-        return self._buffer[first : first + math.prod(weight.shape)]
-
-    def _embedding(self, weight: Weight) -> torch.Tensor:
-        rows = self._normal(*weight.shape)
-        rows[:, 0] = 8.0
-        return rows.to(torch.bfloat16).flatten()
-
-    def _router(self, weight: Weight) -> torch.Tensor:
-        shape = self._shape
-        rows = self._normal(*weight.shape) * (shape.rms / math.sqrt(shape.hidden))
-        rows[:, 0] = shape.sigma * self._normal(shape.experts) * (shape.rms / 8)
-        return rows.to(torch.bfloat16).flatten()
-
-
-def build_checkpoint(directory: Path, shape: Shape, seed: int = 0) -> int:
-    """Write the checkpoint; returns the bytes of its weights."""
-    directory.mkdir(parents=True, exist_ok=True)
-    maker = _Maker(shape, seed)
-    groups = _shards(shape)
-    places: dict[str, str] = {}
-    for number, group in enumerate(groups, 1):
-        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        _write_shard(directory / name, group, maker)
-        places |= {weight.name: name for weight in group}
-    total = sum(weight.nbytes for weight in weights(shape))
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    _config(shape).save_pretrained(directory)
-    return total
-
-
-def _shards(shape: Shape) -> list[list[Weight]]:
-    groups: list[list[Weight]] = [[]]
-    nbytes = 0
-    for weight in weights(shape):
-        if nbytes + weight.nbytes > _SHARD_BYTES:
-            groups.append([])
-            nbytes = 0
-        groups[-1].append(weight)
-        nbytes += weight.nbytes
-    return groups
-
-
-def _write_shard(path: Path, group: list[Weight], maker: _Maker) -> None:
-    tensors = {weight.name: ("BF16", weight.shape, weight.nbytes) for weight in group}
-    header, extents = build_header(tensors, {"format": "pt"})
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    try:
-        os.pwrite(descriptor, header, 0)
-        for weight in group:
-            data = maker.make(weight).view(torch.uint8).numpy().data
-            assert os.pwrite(descriptor, data, extents[weight.name].offset) == weight.nbytes
-        os.fdatasync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
-
-
-def _config(shape: Shape) -> Qwen3MoeConfig:
-    build: Callable[..., Qwen3MoeConfig] = Qwen3MoeConfig  # its stub lacks head_dim
-    return build(
-        architectures=["Qwen3MoeForCausalLM"],
-        dtype="bfloat16",
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        moe_intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        num_experts=shape.experts,
-        num_experts_per_tok=shape.top_k,
-        norm_topk_prob=True,
-        tie_word_embeddings=False,
-    )
 
 
 def skew(store: Path, tokens: int, vocabulary: int, ram: str = "1GiB") -> list[float]:
@@ -230,9 +54,9 @@ def _print_skew(console: Console, curve: list[float], tokens: int) -> None:
     console.print(table)
 
 
-def _build_store(console: Console, checkpoint: Path, store: Path) -> Manifest:
+def _build_store(console: Console, checkpoint: Path, store: Path, force: bool) -> Manifest:
     started = time.perf_counter()
-    manifest = convert(checkpoint, store)
+    manifest = convert(checkpoint, store, force=force)
     seconds = time.perf_counter() - started
     nbytes = manifest.expert_bytes + manifest.resident_bytes
     console.print(
@@ -251,6 +75,7 @@ def build(
     sigma: Annotated[float, typer.Option(help="Skew: 2.1 for 64/8, 1.35 for 128/8.")] = 2.1,
     seed: Annotated[int, typer.Option(help="Of all weights.")] = 0,
     tokens: Annotated[int, typer.Option(help="Prompt that counts the skew; 0: none.")] = 256,
+    force: Annotated[bool, typer.Option(help="Replace a store that is there.")] = False,
 ) -> None:
     """Build the synthetic checkpoint and its store, and print the skew that came out."""
     console = open_console()
@@ -262,10 +87,10 @@ def build(
     console.print(
         f"checkpoint: {format_bytes(total)}, {seconds:.1f} s, {total / seconds / 1e9:.2f} GB/s"
     )
-    _build_store(console, checkpoint, store)
+    _build_store(console, checkpoint, store, force)
     if tokens:
         _print_skew(console, skew(store, tokens, shape.vocabulary), tokens)
 
 
 if __name__ == "__main__":
-    typer.run(build)
+    run_script(build)

@@ -1,0 +1,136 @@
+"""The benchmarks at toy size: that they run and what they measure adds up, not how fast it is."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from tierrun.bench import decode, fio, larger_than_memory, offloaded, peers, reads, synthetic
+from tierrun.bench.cgroup import obstacle
+from tierrun.bench.demand import Arm, Demander, open_queue
+from tierrun.bench.peers import Result, Setting
+from tierrun.engine.engine import load
+from tierrun.io.errors import TierrunError, UsageError
+from tierrun.io.store import Store
+
+MAINS: dict[str, Callable[..., None]] = {
+    "decode": decode.main,
+    "larger_than_memory": larger_than_memory.main,
+    "offloaded": offloaded.main,
+    "peers": peers.main,
+    "reads": reads.main,
+    "synthetic": synthetic.build,
+}
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_help(name: str) -> None:
+    app = typer.Typer()
+    app.command()(MAINS[name])
+    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "100", "NO_COLOR": "1"})
+    assert result.exit_code == 0
+    assert MAINS[name].__doc__
+    assert "Usage" in result.output
+
+
+@pytest.mark.parametrize("lookahead", [True, False])
+def test_decode_counts_the_measured_tokens_only(synthetic: Path, lookahead: bool) -> None:
+    with load(synthetic / "store", ram="200KiB", lookahead=lookahead) as engine:
+        run = decode.decode(engine, 0.0, warmup=3, tokens=4)
+        layers = len(engine.store.manifest.layers)
+    assert len(run.seconds) == 4 and min(run.seconds) > 0
+    assert run.counters.lookups == 4 * layers * 2
+    assert len(run.timings) == 4 * (layers + 1)
+    assert {timing.tokens for timing in run.timings} == {1}
+    assert sum(timing.wait for timing in run.timings) <= run.total_seconds
+    assert run.record_bytes % 4096 == 0
+    assert run.peak_rss > 1 << 20
+
+
+def test_the_stream_decides_not_the_sampler(synthetic: Path) -> None:
+    runs = []
+    for lookahead in (True, False):
+        with load(synthetic / "store", ram="400KiB", lookahead=lookahead) as engine:
+            runs.append(decode.decode(engine, 0.0, warmup=2, tokens=6))
+    assert runs[0].counters.lookups == runs[1].counters.lookups
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_demand_reads(synthetic: Path, batch: int) -> None:
+    store = Store.open([synthetic / "store"])
+    shard = store.manifest.layers[0].records[0].shard
+    with open_queue(store, "direct", depth=4, part_bytes=4096) as queue:
+        demander = Demander(store, queue, shard)
+        first = demander.read_each_once()
+        assert queue.figures().records == 32
+        reading = demander.run(Arm(batch), seconds=0.05)
+    assert first.bandwidth > 0 and reading.bandwidth > 0
+    assert reading.mean_depth >= 1
+    assert queue.figures().retries == 0
+
+
+@pytest.mark.skipif(fio.obstacle() is not None, reason=str(fio.obstacle()))
+def test_fio(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    result = fio.random_reads(path, block_bytes=65536, depth=2, seconds=0.2)
+    assert result.bandwidth > 0
+
+
+@pytest.mark.skipif(fio.obstacle() is not None, reason=str(fio.obstacle()))
+def test_reads_end_to_end(
+    synthetic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "results" / "reads.json"
+    reads.main(synthetic / "store", 4, 4096, "direct", 1, 0.1, "2", file)
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last == json.loads(file.read_text())
+    assert set(last["arms"]) == {"saturating", "batches of 2"}
+    assert {"ours", "fio", "ratio", "mean_depth", "fio_depth"} <= last["arms"]["saturating"].keys()
+
+
+@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+def test_a_run_in_a_cgroup(synthetic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(larger_than_memory, "drop_caches", lambda: None)
+    setting = larger_than_memory.Setting(synthetic / "store", "1GiB", "200KiB", 2, 3, 1)
+    run, usage = larger_than_memory.run_once(setting, lookahead=True)
+    assert len(run.seconds) == 3
+    assert 0 < usage.peak_bytes <= 1 << 30
+
+
+@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+def test_a_run_without_memory_is_said(synthetic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(larger_than_memory, "drop_caches", lambda: None)
+    setting = larger_than_memory.Setting(synthetic / "store", "16MiB", "200KiB", 2, 3, 1)
+    with pytest.raises(TierrunError, match="ended with -9"):
+        larger_than_memory.run_once(setting, lookahead=True)
+
+
+@pytest.mark.parametrize("map_", list(offloaded.Map))
+def test_accelerate(synthetic: Path, tmp_path: Path, map_: offloaded.Map) -> None:
+    pytest.importorskip("accelerate")
+    model = offloaded.load(synthetic / "checkpoint", tmp_path, map_, "150KB", "batched_mm")
+    assert "disk" in map(str, model.hf_device_map.values())
+    seconds, _ = offloaded.decode(model, warmup=3, tokens=2)
+    assert len(seconds) == 2
+
+
+def test_peers_grow_the_cgroup_until_accelerate_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(setting: Setting, map_: offloaded.Map) -> Result | None:
+        return Result(1.0, 0.0, 0, 0.0) if setting.memory >= 150 else None
+
+    monkeypatch.setattr(peers, "run_accelerate", fake)
+    setting = Setting(Path("."), 100, "1GiB", 1, 1, 1)
+    grown, result = peers.find_memory(setting, Console(quiet=True))
+    assert grown == setting._replace(memory=150) and result.tokens_per_second == 1.0
+    with pytest.raises(TierrunError, match="killed even in"):
+        peers.find_memory(setting._replace(memory=10), Console(quiet=True))
+
+
+def test_peers_need_both_directories(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has no checkpoint"):
+        peers.main(tmp_path)

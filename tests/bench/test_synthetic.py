@@ -1,0 +1,75 @@
+"""The synthetic checkpoint: what it holds, that the store computes the same, and its skew."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tierrun.bench.checkpoint import Shape, build_checkpoint
+from tierrun.bench.stream import token_stream
+from tierrun.bench.synthetic import PERCENTS, skew
+from tierrun.engine.engine import load
+from tierrun.io.errors import UsageError
+
+
+def test_transformers_and_the_store_agree(synthetic: Path) -> None:
+    tokens = token_stream(12, 512)
+    model = AutoModelForCausalLM.from_pretrained(synthetic / "checkpoint", dtype=torch.float32)
+    with torch.inference_mode():
+        theirs = model(torch.tensor([tokens])).logits[0]
+    with load(synthetic / "store", ram="1MiB") as engine:
+        ours = engine.logits(tokens)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_recipe(synthetic: Path, shape: Shape) -> None:
+    model = AutoModelForCausalLM.from_pretrained(synthetic / "checkpoint", dtype=torch.float32)
+    embedding = model.model.embed_tokens.weight
+    assert (embedding[:, 0] == 8).all()
+    assert embedding[:, 1:].std().item() == pytest.approx(1.0, abs=0.05)
+    router = model.model.layers[0].mlp.gate.weight
+    spread = shape.rms / math.sqrt(shape.hidden)
+    assert router[:, 1:].std().item() == pytest.approx(spread, rel=0.1)
+    popularity = router[:, 0] * 8 / shape.rms
+    assert 1.0 < popularity.std().item() < 4.0
+    assert (model.model.norm.weight == 1).all()
+    assert model.lm_head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_no_two_experts_are_equal(synthetic: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(synthetic / "checkpoint", dtype=torch.float32)
+    rows = model.model.layers[1].mlp.experts.down_proj.flatten(1)
+    assert len({tuple(row[:8].tolist()) for row in rows}) == len(rows)
+
+
+def test_sigma_makes_the_skew(synthetic: Path, shape: Shape, tmp_path: Path) -> None:
+    skewed = dict(zip(PERCENTS, skew(synthetic / "store", 64, 512, ram="1MiB"), strict=True))
+    assert skewed[40.0] > 0.6  # 0.4 where all are equally popular
+    assert list(skewed.values()) == sorted(skewed.values())
+
+
+def test_the_same_seed_gives_the_same_bytes(shape: Shape, tmp_path: Path) -> None:
+    small = replace(shape, layers=1)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        build_checkpoint(tmp_path / name, small, seed)
+    a, b, c = (next((tmp_path / name).glob("*.safetensors")).read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_a_disk_without_room_is_said(shape: Shape, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="free, the checkpoint needs"):
+        build_checkpoint(tmp_path, replace(shape, layers=1_000, hidden=1 << 20))
+
+
+def test_the_stream_is_fixed_and_local() -> None:
+    stream = token_stream(400, 512, seed=3)
+    assert stream == token_stream(500, 512, seed=3)[:400]
+    assert stream != token_stream(400, 512, seed=4)
+    assert 0 <= min(stream) and max(stream) < 512
+    near = len(set(stream[:100]) & set(stream[100:200]))
+    far = len(set(stream[:100]) & set(stream[300:]))
+    assert near > far
