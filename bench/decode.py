@@ -111,7 +111,7 @@ def main(
     warmup: Annotated[int, typer.Option(help="Tokens before the measured ones.")] = 32,
     tokens: Annotated[int, typer.Option(help="Tokens measured.")] = 32,
     lookahead: Annotated[bool, typer.Option(help="Read ahead for the next layer.")] = True,
-    threads: Annotated[int, typer.Option(help="0: torch's choice.")] = 0,
+    threads: Annotated[int, typer.Option(help="0: all cores but one.")] = 0,
 ) -> None:
     """Decode a fixed stream of tokens and print what it cost, as JSON."""
     started = time.perf_counter()

@@ -132,7 +132,7 @@ def main(
     ram: Annotated[str, typer.Option(help="Budget for experts.")] = "1GiB",
     warmup: Annotated[int, typer.Option(help="Tokens before the measured ones.")] = 32,
     tokens: Annotated[int, typer.Option(help="Tokens measured.")] = 32,
-    threads: Annotated[int, typer.Option(help="0: torch's choice.")] = 0,
+    threads: Annotated[int, typer.Option(help="0: all cores but one.")] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of both arms.")] = 3,
     seconds: Annotated[float, typer.Option(help="Of each fio run.")] = fio.SECONDS,
     json_file: Annotated[

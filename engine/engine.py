@@ -59,8 +59,7 @@ class Engine:
     """
 
     def __init__(self, store: Store, options: Options) -> None:
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        torch.set_num_threads(options.num_threads)
         self.store, self.options, self.ledger = store, options, Ledger()
         self._weights = ResidentWeights(store)
         vram = resolve_vram(options.vram, options.device)

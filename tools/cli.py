@@ -65,7 +65,7 @@ def run(
         int, typer.Option("-c", "--ctx-size", "--max-model-len", help="Context; 0: the model's.")
     ] = _DEFAULT.context,
     threads: Annotated[
-        int, typer.Option("-t", "--threads", envvar="TIERRUN_THREADS", help="0: torch's choice.")
+        int, typer.Option("-t", "--threads", envvar="TIERRUN_THREADS", help="0: all but one core.")
     ] = _DEFAULT.threads,
     ubatch: Annotated[
         int, typer.Option("-ub", "--ubatch-size", help="Prompt tokens per forward pass.")
