@@ -1,7 +1,7 @@
 """A model larger than memory: 6.2 GiB of experts decoded inside a memory cgroup of 2 GiB, page
 cache included, with a budget of 1 GiB; and how far that is from what the drive allows.
 
-    python -m tierrun.bench.larger_than_memory /work/scratch/synthetic/store
+    python -m tierrun.bench.larger_than_memory SYNTHETIC/store
 
 Needs root (cgroups, page cache) and fio. Every run is a fresh process that starts with a cold page
 cache, decodes 8 + 32 tokens for the cache to learn, then 32 measured ones of a fixed stream. Runs

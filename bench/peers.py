@@ -1,6 +1,6 @@
 """tierrun against accelerate's disk offload: the same checkpoint, tokens, memory cgroup and drive.
 
-    python -m tierrun.bench.peers /work/scratch/synthetic
+    python -m tierrun.bench.peers SYNTHETIC
 
 Every arm is a fresh process in a memory cgroup of its own, from a cold page cache. accelerate gets
 `device_map="auto"` with the budget as `max_memory`, and, as a second arm, a device map made by hand

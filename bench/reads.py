@@ -1,6 +1,6 @@
 """How much of the drive's bandwidth the demand path reads with, against fio on the same file.
 
-    python -m tierrun.bench.reads /work/scratch/synthetic/store
+    python -m tierrun.bench.reads SYNTHETIC/store
 
 Randomly chosen records are demanded from the read queue, into slots like the warm tier's, in two
 ways: *saturating* (the next record is demanded when one arrives) and in *batches* (as a layer

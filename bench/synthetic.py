@@ -10,7 +10,7 @@ embedding has a constant dimension and every router reads a popularity from it:
 - norms 1; all other matrices N(0, 0.02), as shifted windows of one random buffer: speed does not
   depend on their values, and so the checkpoint is written as fast as the disk takes it.
 
-    python -m tierrun.bench.synthetic /work/scratch/synthetic
+    python -m tierrun.bench.synthetic SYNTHETIC
 
 makes `checkpoint/` (Hugging Face, bf16, sharded, no tokenizer) and `store/` in that directory, then
 counts, over one prompt, the share of activations that the most used experts take.
