@@ -201,7 +201,7 @@ class Residency:
                 arrived.tier.leases[arrived.slot] -= 1
 
     def check_integrity(self) -> None:
-        """See `Placement.check_integrity`; also that no lease is outstanding between layers."""
+        """See `Placement.check_integrity`."""
         self.placement.check_integrity()
 
 

@@ -39,11 +39,10 @@ class LayerRecipe:
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """Records by layer, resident weights, and the tensors that the model has no use for."""
+    """Records by layer, and resident weights."""
 
     layers: tuple[LayerRecipe, ...]
     residents: tuple[ResidentRecipe, ...]
-    unused: tuple[str, ...]
 
 
 def draw(
@@ -63,7 +62,7 @@ def draw(
     residents = tuple(drawing.residents(in_records))
     check_parameters(model, in_records | {resident.name for resident in residents})
     _report_unused(model, mapping)
-    return Blueprint(layers, residents, tuple(mapping.unused))
+    return Blueprint(layers, residents)
 
 
 @dataclass(frozen=True, slots=True)

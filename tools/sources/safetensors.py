@@ -15,6 +15,7 @@ import torch
 from xxhash import xxh3_64, xxh3_128
 
 from tierrun.engine.codecs.dense import SAFETENSORS_DTYPES
+from tierrun.io.direct import read_fully
 from tierrun.io.errors import CheckpointError
 from tierrun.io.header import TensorInfo, read_header
 from tierrun.tools.sources.files import check_index, read_json, refuse_quantised, weight_files
@@ -103,14 +104,9 @@ class Checkpoint:
         return data.view(dtype)
 
     def _fill(self, path: Path, name: str, buffer: memoryview, offset: int) -> None:
-        descriptor = self._descriptor(path)
-        done = 0
         try:
-            while done < len(buffer):
-                count = os.preadv(descriptor, [buffer[done:]], offset + done)
-                if count == 0:
-                    raise CheckpointError(f"{path} ends inside tensor {name}; download it again")
-                done += count
+            descriptor = self._descriptor(path)
+            read_fully(descriptor, offset, buffer)
         except OSError as error:
             raise CheckpointError(f"{path}: reading {name} failed: {error.strerror}") from error
         if sys.platform == "linux":  # read once: leave the page cache to those who read again
