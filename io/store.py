@@ -74,7 +74,12 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A weight that every token reads, stored under the model's own name for it."""
+    """A weight that every token reads, stored under the model's own name for it.
+
+    `dtype` is a safetensors dtype or, where the file has a U8 tensor, a codec. `inputs` names an
+    I32 resident of its own [in] where columns are stored in another order than the model's: column
+    j multiplies input `inputs[j]`.
+    """
 
     name: str
     shard: int
@@ -82,6 +87,7 @@ class Resident:
     shape: tuple[int, ...]
     extent: Extent
     checksum: int
+    inputs: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +158,7 @@ class Manifest:
                     "offset": r.extent.offset,
                     "bytes": r.extent.nbytes,
                     "xxh3": _hex(r.checksum),
+                    **({"inputs": r.inputs} if r.inputs else {}),
                 }
                 for r in self.residents
             ],
@@ -394,4 +401,5 @@ def _parse_resident(entry: dict[str, Any]) -> Resident:
         shape=tuple(int(n) for n in entry["shape"]),
         extent=Extent(int(entry["offset"]), int(entry["bytes"])),
         checksum=int(entry["xxh3"], 16),
+        inputs=str(entry["inputs"]) if "inputs" in entry else None,
     )
