@@ -17,7 +17,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tierrun.engine.architecture import experts_modules
-from tierrun.engine.codecs.dense import matrix_view
+from tierrun.engine.codecs.weight import Weight, matrix_view, widened
 from tierrun.engine.kernels.cpu import CpuKernels
 from tierrun.engine.lookahead import Lookahead
 from tierrun.engine.model import EXPERTS_IMPLEMENTATION
@@ -28,6 +28,10 @@ from tierrun.tiers.tier import Tier
 
 _hooks: "WeakKeyDictionary[nn.Module, ReferenceType[ExpertsHook]]" = WeakKeyDictionary()
 """Experts module → the hook of the engine it belongs to; keeps neither alive."""
+
+
+Matrices = dict[str, Weight]
+"""The matrices and biases of one record, by name."""
 
 
 class Interrupted(Exception):
@@ -50,7 +54,7 @@ class ExpertsHook:
         self._manifest, self._residency, self._kernels = manifest, residency, kernels
         self._ledger, self._lookahead, self._window = ledger, lookahead, prefill_window
         self._layer_of = {module: i for i, module in enumerate(experts_modules(model).values())}
-        self._views: dict[tuple[str, int, int], dict[str, torch.Tensor]] = {}
+        self._views: dict[tuple[str, int, int], Matrices] = {}
         self._last_end = time.perf_counter()
         self.usage = [torch.zeros(len(x.records), dtype=torch.int64) for x in manifest.layers]
         self.interrupted = False
@@ -137,8 +141,8 @@ class ExpertsHook:
             work.add(expert, self._matrices(tier, slot), self._kernels)
         return time.perf_counter() - started
 
-    def _matrices(self, tier: Tier, slot: int) -> dict[str, torch.Tensor]:
-        """Typed views of the slot's record, made once: slots never move."""
+    def _matrices(self, tier: Tier, slot: int) -> Matrices:
+        """Views of the slot's record, made once: slots never move."""
         record_class = int(tier.record_class[slot])
         key = (tier.name, slot, record_class)
         views = self._views.get(key)
@@ -167,7 +171,7 @@ class _LayerWork:
         chosen: list[int] = self._top_k[-1].tolist()
         return chosen
 
-    def add(self, expert: int, matrices: dict[str, torch.Tensor], kernels: CpuKernels) -> None:
+    def add(self, expert: int, matrices: Matrices, kernels: CpuKernels) -> None:
         """Compute `expert` for every token that chose it."""
         tokens, positions = (self._top_k == expert).nonzero(as_tuple=True)
         y = _expert(self._module, self._hidden[tokens], matrices, kernels)
@@ -179,24 +183,38 @@ class _LayerWork:
 
 
 def _expert(
-    module: nn.Module, x: torch.Tensor, matrices: dict[str, torch.Tensor], kernels: CpuKernels
+    module: nn.Module, x: torch.Tensor, matrices: Matrices, kernels: CpuKernels
 ) -> torch.Tensor:
     """One expert's MLP as its module defines it: `x` [n, H] → [n, H].
 
     Follows `batched_mm_experts_forward` of transformers, one expert at a time.
     """
     theirs: Any = module
-    up = "gate_up_proj" if theirs.has_gate else "up_proj"
-    h = kernels.linear(x, matrices[up], _bias(matrices, up))
-    h = theirs._apply_gate(h) if theirs.has_gate else theirs.act_fn(h)
+    if theirs.has_gate:
+        h = theirs._apply_gate(_gate_up(theirs, x, matrices, kernels))
+    else:
+        h = theirs.act_fn(kernels.linear(x, matrices["up_proj"], _bias(matrices, "up_proj")))
     y = kernels.linear(h, matrices["down_proj"], _bias(matrices, "down_proj"))
     z: torch.Tensor = theirs.post_expert_norm(y) if theirs.has_post_expert_norm else y
     return z
 
 
-def _bias(matrices: dict[str, torch.Tensor], name: str) -> torch.Tensor | None:
+def _gate_up(module: Any, x: torch.Tensor, matrices: Matrices, kernels: CpuKernels) -> torch.Tensor:
+    """`x` [n, H] through gate and up, in the order of the module's `gate_up_proj`: [n, 2 I].
+
+    The two are matrices of their own where their codecs differ.
+    """
+    bias = _bias(matrices, "gate_up_proj")
+    if "gate_up_proj" in matrices:
+        return kernels.linear(x, matrices["gate_up_proj"], bias)
+    both = [kernels.linear(x, matrices[name]) for name in ("gate_proj", "up_proj")]
+    h = torch.cat(both, 1) if module.is_concatenated else torch.stack(both, 2).flatten(1)
+    return h if bias is None else h.add_(bias)
+
+
+def _bias(matrices: Matrices, name: str) -> torch.Tensor | None:
     bias = matrices.get(f"{name}_bias")
-    return None if bias is None else bias.to(torch.float32)
+    return None if bias is None else widened(bias)
 
 
 def _experts_forward(

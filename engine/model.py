@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tierrun.engine.architecture import build_meta, expert_parameters, experts_modules, read_config
+from tierrun.engine.codecs.weight import Weight, widened
 from tierrun.engine.kernels.cpu import CpuKernels
 from tierrun.engine.resident import ResidentWeights
 from tierrun.engine.stored import can_store, store_back
@@ -86,8 +87,8 @@ def _load_module(
         if name == "weight" and can_store(module):
             _mark_loaded(store_back(module, stored, kernels))
         else:
-            widened = nn.Parameter(_widen(prefix + name, stored), requires_grad=False)
-            module.register_parameter(name, _mark_loaded(widened))
+            values = nn.Parameter(_widen(prefix + name, stored), requires_grad=False)
+            module.register_parameter(name, _mark_loaded(values))
     for name, buffer in list(module.named_buffers(recurse=False)):
         if name in module._non_persistent_buffers_set or prefix + name not in weights:
             module._buffers[name] = torch.empty_like(buffer, device="cpu")
@@ -97,11 +98,11 @@ def _load_module(
             module._buffers[name] = _mark_loaded(_widen(prefix + name, stored).clone())
 
 
-def _stored(name: str, weights: ResidentWeights, tied: dict[str, str]) -> torch.Tensor:
-    return weights.tensor(tied[name] if name not in weights and name in tied else name)
+def _stored(name: str, weights: ResidentWeights, tied: dict[str, str]) -> Weight:
+    return weights.weight(tied[name] if name not in weights and name in tied else name)
 
 
-def _check_shape(name: str, stored: torch.Tensor, wanted: torch.Tensor) -> None:
+def _check_shape(name: str, stored: Weight, wanted: torch.Tensor) -> None:
     if stored.shape != wanted.shape:
         raise StoreError(
             f"weight {name} has shape {list(stored.shape)} in the store, the architecture wants "
@@ -109,13 +110,15 @@ def _check_shape(name: str, stored: torch.Tensor, wanted: torch.Tensor) -> None:
         )
 
 
-def _widen(name: str, stored: torch.Tensor) -> torch.Tensor:
-    if not stored.is_floating_point() or stored.dtype == torch.float32:
+def _widen(name: str, stored: Weight) -> torch.Tensor:
+    if isinstance(stored, torch.Tensor) and (
+        not stored.is_floating_point() or stored.dtype == torch.float32
+    ):
         return stored
-    nbytes = stored.numel() * 4
+    nbytes = stored.shape.numel() * 4
     if nbytes >= _WIDENED_WORTH_SAYING:
         log.warning("%s is widened to fp32 in memory (%s)", name, format_bytes(nbytes))
-    return stored.to(torch.float32)
+    return widened(stored)
 
 
 def _mark_loaded(tensor: _Tensor) -> _Tensor:

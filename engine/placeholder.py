@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from tierrun.engine.codecs.weight import Weight, widened
+
 _METADATA = {
     "__get__", "__set__", "__repr__", "__len__", "__hash__", "detach", "dim", "element_size",
     "is_complex", "is_contiguous", "is_floating_point", "numel", "requires_grad_", "size", "stride",
@@ -23,10 +25,10 @@ _VALUE_PROPERTIES = {"T", "H", "mT", "mH", "data", "real"}
 class Placeholder(torch.Tensor):
     """Stands for `stored`, widened to fp32; every operation on it works on a widened copy."""
 
-    stored: torch.Tensor
+    stored: Weight
 
     @staticmethod
-    def of(stored: torch.Tensor) -> torch.nn.Parameter:
+    def of(stored: Weight) -> torch.nn.Parameter:
         """A parameter that stands for `stored`."""
         shape: torch.Tensor = torch.full((), float("nan")).expand(stored.shape)
         parameter = torch.nn.Parameter(shape.as_subclass(Placeholder), requires_grad=False)
@@ -50,4 +52,4 @@ class Placeholder(torch.Tensor):
 
 
 def _widened(value: Any) -> Any:
-    return value.stored.to(torch.float32) if isinstance(value, Placeholder) else value
+    return widened(value.stored) if isinstance(value, Placeholder) else value

@@ -7,7 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import xxhash
 
+from tierrun.engine.codecs.codec import find_codec, is_codec
 from tierrun.engine.codecs.dense import SAFETENSORS_DTYPES
+from tierrun.engine.codecs.packed import Packed
+from tierrun.engine.codecs.weight import Weight
 from tierrun.io.errors import CorruptError, StoreError
 from tierrun.io.store import Resident, Store
 
@@ -31,27 +34,41 @@ class ResidentWeights:
     def nbytes(self) -> int:
         return self._store.manifest.resident_bytes
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The weight called `name` in its stored dtype and shape.
+    def weight(self, name: str) -> Weight:
+        """The weight called `name` as it is stored.
 
         Raises:
-            StoreError: not in the store, or of a dtype unknown here.
+            StoreError: not in the store, or of a dtype or codec unknown here.
+            CorruptError: its bytes are not those of its shape.
         """
         entry = self._entries.get(name)
         if entry is None:
             raise StoreError(
                 f"{self._store.roots[0]} has no weight {name}; convert the model again"
             )
-        if entry.dtype not in SAFETENSORS_DTYPES:
-            raise StoreError(f"{name} has dtype {entry.dtype}, unknown to this tierrun; update it")
-        dtype = SAFETENSORS_DTYPES[entry.dtype]
+        if entry.dtype in SAFETENSORS_DTYPES:
+            return self._elements(entry, SAFETENSORS_DTYPES[entry.dtype]).view(entry.shape)
+        if not is_codec(entry.dtype):
+            raise StoreError(f"{name} is in {entry.dtype}, unknown to this tierrun; update it")
+        data = self._elements(entry, torch.uint8)
+        return Packed.over(data, find_codec(entry.dtype), entry.shape, self._inputs(entry))
+
+    def _inputs(self, entry: Resident) -> torch.Tensor | None:
+        """The order of the stored columns, int64 [in]; None where it is the model's."""
+        if entry.inputs is None:
+            return None
+        order = self.weight(entry.inputs)
+        if isinstance(order, Packed) or order.shape != entry.shape[-1:]:
+            raise StoreError(f"{entry.inputs} is not an order of the columns of {entry.name}")
+        return order.to(torch.int64)
+
+    def _elements(self, entry: Resident, dtype: torch.dtype) -> torch.Tensor:
         if entry.extent.nbytes == 0:
-            return torch.empty(entry.shape, dtype=dtype)
+            return torch.empty(0, dtype=dtype)
         count = entry.extent.nbytes // dtype.itemsize
-        flat = torch.frombuffer(
+        return torch.frombuffer(
             self._maps[entry.shard], dtype=dtype, count=count, offset=entry.extent.offset
         )
-        return flat.view(entry.shape)
 
     def verify(self) -> None:
         """Compare every weight with its checksum, which also brings the mapping into memory.

@@ -8,14 +8,16 @@ placeholder without memory (`tierrun.engine.placeholder`).
 import torch
 from torch import nn
 
+from tierrun.engine.codecs.packed import Packed
+from tierrun.engine.codecs.weight import Weight
 from tierrun.engine.kernels.cpu import CpuKernels
 from tierrun.engine.placeholder import Placeholder
 
 
 class StoredLinear(nn.Linear):
-    """`nn.Linear` over `stored` [out, in] in any float dtype; input and output fp32."""
+    """`nn.Linear` over `stored` [out, in] in any dtype or codec; input and output fp32."""
 
-    stored: torch.Tensor
+    stored: Weight
     kernels: CpuKernels
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's name)
@@ -25,12 +27,14 @@ class StoredLinear(nn.Linear):
 
 
 class StoredEmbedding(nn.Embedding):
-    """`nn.Embedding` over `stored` [rows, dim] in any float dtype; output fp32."""
+    """`nn.Embedding` over `stored` [rows, dim] in any dtype or codec; output fp32."""
 
-    stored: torch.Tensor
+    stored: Weight
     kernels: CpuKernels
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's name)
+        if isinstance(self.stored, Packed):
+            return self.stored.rows(input.flatten()).view(*input.shape, -1)
         return nn.functional.embedding(input, self.stored).to(torch.float32)
 
 
@@ -47,7 +51,7 @@ def can_store(module: nn.Module) -> bool:
     return all("__class__" in forward.__code__.co_freevars for forward in own)
 
 
-def store_back(module: nn.Module, stored: torch.Tensor, kernels: CpuKernels) -> nn.Parameter:
+def store_back(module: nn.Module, stored: Weight, kernels: CpuKernels) -> nn.Parameter:
     """Make `module` (for which `can_store`) compute with `stored`; returns its placeholder."""
     # The class is changed in place, as quantisation libraries do, because parents hold references.
     module.__class__ = _stored_class(type(module))

@@ -2,9 +2,6 @@
 
 import torch
 
-from tierrun.io.errors import StoreError
-from tierrun.io.store import Matrix
-
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 """Codec name → dtype of its elements."""
 
@@ -33,15 +30,3 @@ SAFETENSORS_DTYPES = {
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 """torch's dtypes → safetensors' names."""
-
-
-def matrix_view(record: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-    """The matrix inside a record's bytes (uint8 [record bytes]) as a typed view, nothing copied.
-
-    Raises:
-        StoreError: a codec that this tierrun does not compute with.
-    """
-    if matrix.codec not in DTYPES:
-        raise StoreError(f"codec {matrix.codec} of {matrix.name} is unknown; update tierrun")
-    data = record[matrix.extent.offset : matrix.extent.end]
-    return data.view(DTYPES[matrix.codec]).view(matrix.shape)

@@ -1,11 +1,15 @@
 """Matrix products on the CPU with weights as stored, computed in fp32.
 
 bf16 `linear` runs at 19 GFLOP/s without AVX-512, fp32 at 85–127 (measured, 2 cores): weights are
-widened tile by tile into a scratch that stays in cache, and multiplied there. Nothing is ever
-expanded whole.
+widened or dequantised tile by tile into a scratch that stays in cache, and multiplied there.
+Nothing is ever expanded whole.
 """
 
 import torch
+
+from tierrun.engine.codecs.packed import Packed
+from tierrun.engine.codecs.planes import TILE_ROWS
+from tierrun.engine.codecs.weight import Weight
 
 TILE_ELEMENTS = 1 << 20
 """Weights widened at once: 4 MiB of fp32, the fastest of 64 KiB … 12 MiB measured (bench/)."""
@@ -18,23 +22,34 @@ class CpuKernels:
         self._scratch = torch.empty(TILE_ELEMENTS, dtype=torch.float32)
 
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+        self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`x` fp32 [n, in] times `weight` (any float dtype) [out, in], transposed: fp32 [n, out].
+        """`x` fp32 [n, in] times `weight` [out, in] in any dtype or codec, transposed: [n, out].
 
         The result depends on `x`, `weight` and `bias` only, not on where they lie.
         """
+        if isinstance(weight, Packed):
+            return self._packed(x, weight, bias)
         if weight.dtype == torch.float32:
             return torch.nn.functional.linear(x, weight, bias)
         y = x.new_empty(x.shape[0], weight.shape[0])
         for first in range(0, weight.shape[0], rows := self._tile_rows(weight.shape[1])):
             stored = weight[first : first + rows]
-            tile = self._widen(stored)
-            part = y[:, first : first + rows]
-            if x.shape[0] == 1:
-                torch.mv(tile, x[0], out=part[0])
-            else:
-                torch.mm(x, tile.T, out=part)
+            _multiply(x, self._widen(stored).T, y[:, first : first + rows])
+        return y if bias is None else y.add_(bias)
+
+    def _packed(self, x: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+        rows, columns = weight.shape[0], weight.padded_columns
+        step = max(1, self._tile_rows(columns) // TILE_ROWS) * TILE_ROWS
+        scratch = self._scratch
+        if scratch.numel() < columns * min(step, rows):
+            scratch = torch.empty(columns * min(step, rows))  # one tile larger than the scratch
+        x = x if weight.inputs is None else x[:, weight.inputs]
+        y = x.new_empty(len(x), rows)
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            tile = weight.expand(first, last, scratch)
+            _multiply(x, tile, y[:, first:last])
         return y if bias is None else y.add_(bias)
 
     def _tile_rows(self, columns: int) -> int:
@@ -44,3 +59,11 @@ class CpuKernels:
         if stored.numel() > self._scratch.numel():
             return stored.to(torch.float32)  # one row longer than the scratch
         return self._scratch[: stored.numel()].view(stored.shape).copy_(stored)
+
+
+def _multiply(x: torch.Tensor, tile: torch.Tensor, out: torch.Tensor) -> None:
+    """`x` [n, in] times `tile` [in, rows] into `out` [n, rows]."""
+    if len(x) == 1:
+        torch.mv(tile.T, x[0], out=out[0])
+    else:
+        torch.mm(x, tile, out=out)

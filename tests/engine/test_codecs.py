@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests.codecs import NAMES, random_blocks, random_fields, random_packed
 
 from tierrun.engine.codecs.codec import find_codec
-from tierrun.engine.codecs.packed import Packed, dequantise
+from tierrun.engine.codecs.expand import dequantise
+from tierrun.engine.codecs.packed import Packed
 from tierrun.engine.codecs.planes import Fields, pack, pack_planes, packed_bytes, planes
 from tierrun.io.errors import CorruptError, StoreError
 from tierrun.tools.sources.ggml_blocks import CODECS, fields
