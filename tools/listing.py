@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from tierrun.io.extent import format_bytes
-from tierrun.io.store import RecordClass, Store
+from tierrun.io.store import Store
 
 
 def listing(store: Store) -> RenderableType:
@@ -31,8 +32,16 @@ def as_json(store: Store) -> dict[str, Any]:
         "top_k": sorted({layer.top_k for layer in manifest.layers}),
         "expert_bytes": manifest.expert_bytes,
         "resident_bytes": manifest.resident_bytes,
+        "resident_bytes_by_codec": _resident_bytes(store),
         "record_classes": [
-            {"bytes": cls.nbytes, "codecs": _codecs(cls), "num_records": count}
+            {
+                "bytes": cls.nbytes,
+                "codecs": sorted({matrix.codec for matrix in cls.matrices}),
+                "matrices": [
+                    {"name": m.name, "codec": m.codec, "shape": list(m.shape)} for m in cls.matrices
+                ],
+                "num_records": count,
+            }
             for cls, count in zip(manifest.classes, _counts(store), strict=True)
         ],
         "shards": [
@@ -52,7 +61,7 @@ def _summary(store: Store) -> Table:
         "experts per token": _span(layer.top_k for layer in manifest.layers),
         "experts": f"{manifest.num_experts} records, {format_bytes(manifest.expert_bytes)}",
         "resident": f"{len(manifest.residents)} weights, {format_bytes(manifest.resident_bytes)} "
-        f"({', '.join(sorted({resident.dtype for resident in manifest.residents}))})",
+        f"({', '.join(f'{n} {format_bytes(b)}' for n, b in _resident_bytes(store).items())})",
         "made by": manifest.tool,
     }
     table = Table(show_header=False, box=None)
@@ -62,12 +71,12 @@ def _summary(store: Store) -> Table:
 
 
 def _classes(store: Store) -> Table:
-    table = Table("record class", "bytes", "codec", "matrices", "records", box=None)
+    table = Table("record class", "bytes", "matrices", "records", "bits per weight", box=None)
     for index, cls in enumerate(store.manifest.classes):
-        matrices = ", ".join(f"{m.name} {list(m.shape)}" for m in cls.matrices)
+        matrices = ", ".join(f"{m.name} {m.codec} {list(m.shape)}" for m in cls.matrices)
+        bits = 8 * cls.nbytes / sum(prod(matrix.shape) for matrix in cls.matrices)
         count = str(_counts(store)[index])
-        codecs = ", ".join(_codecs(cls))
-        table.add_row(str(index), format_bytes(cls.nbytes), codecs, matrices, count)
+        table.add_row(str(index), format_bytes(cls.nbytes), matrices, count, f"{bits:.2f}")
     return table
 
 
@@ -91,8 +100,12 @@ def _counts(store: Store) -> list[int]:
     return counts
 
 
-def _codecs(cls: RecordClass) -> list[str]:
-    return sorted({matrix.codec for matrix in cls.matrices})
+def _resident_bytes(store: Store) -> dict[str, int]:
+    """Bytes of the resident weights by dtype or codec, most first."""
+    nbytes: Counter[str] = Counter()
+    for resident in store.manifest.residents:
+        nbytes[resident.dtype.lower()] += resident.extent.nbytes
+    return dict(nbytes.most_common())
 
 
 def _span(numbers: Iterable[int]) -> str:
