@@ -84,10 +84,14 @@ def test_listing(store: Store) -> None:
     with console.file:
         console.print(listing(store))
     text = console.export_text()
-    assert all(word in text for word in ("mixtral", "16 records", "f32", "gate_up_proj [192, 64]"))
+    words = ("mixtral", "16 records", "f32", "gate_up_proj f32 [192, 64]", "32.00")
+    assert all(word in text for word in words)
     data = json.loads(json.dumps(as_json(store)))
     assert data["num_experts"] == 16
-    assert data["record_classes"] == [{"bytes": 73728, "codecs": ["f32"], "num_records": 16}]
+    assert sum(data["resident_bytes_by_codec"].values()) == data["resident_bytes"]
+    (cls,) = data["record_classes"]
+    assert (cls["bytes"], cls["codecs"], cls["num_records"]) == (73728, ["f32"], 16)
+    assert cls["matrices"][1] == {"name": "down_proj", "codec": "f32", "shape": [64, 96]}
 
 
 def test_progress_bar_is_silent_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
