@@ -163,16 +163,26 @@ def run(
 @app.command()
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="Checkpoint directory, or a Hugging Face hub id.")
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Checkpoint directory, .gguf file, or hub id (with :Q4_K_M for one of GGUFs).",
+        ),
     ],
     nvme_dir: NvmeDir = None,
+    config: Annotated[
+        str | None, typer.Option("--config", help="For a GGUF: directory or hub id of config.json.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="For a GGUF: directory or hub id of another.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Store floats as bf16, f16 or f32.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Make a store from a Hugging Face checkpoint; interrupted, the same command continues."""
+    """Make a store from a checkpoint; interrupted, the same command continues."""
     _set_up_logging(verbose)
     directories = store_directories(None, nvme_dir)
     from tierrun.tools.convert import convert as convert_checkpoint
@@ -180,7 +190,15 @@ def convert(
 
     try:
         with progress_bar("converting") as progress:
-            convert_checkpoint(source, directories, dtype=dtype, force=force, progress=progress)
+            convert_checkpoint(
+                source,
+                directories,
+                config=config,
+                tokenizer=tokenizer,
+                dtype=dtype,
+                force=force,
+                progress=progress,
+            )
     except KeyboardInterrupt:
         typer.echo("tierrun: stopped; the same command continues from here", err=True)
         raise typer.Exit(130) from None

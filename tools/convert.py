@@ -1,4 +1,4 @@
-"""From a Hugging Face checkpoint to a store, record by record; a killed conversion continues."""
+"""From a checkpoint to a store, record by record; a killed conversion continues."""
 
 import json
 import logging
@@ -18,11 +18,9 @@ from tierrun.tools.disk import check_space, disk_errors, shard_paths
 from tierrun.tools.items import Item, list_items, trusted, with_checksums
 from tierrun.tools.journal import Journal
 from tierrun.tools.layout import SHARD_BYTES, Identity, Layout, lay_out
-from tierrun.tools.mapping import map_names
 from tierrun.tools.precision import Precision, parse_dtype
-from tierrun.tools.recipes import Source
-from tierrun.tools.sources.hub import locate
-from tierrun.tools.sources.safetensors import Checkpoint
+from tierrun.tools.sources.checkpoint import ModelSource
+from tierrun.tools.sources.opening import open_source
 from tierrun.tools.target import claimed, copy_model_files, finished_store, publish
 from tierrun.tools.writer import ShardWriter
 
@@ -41,12 +39,18 @@ def convert(
     src: Path | str,
     nvme_dir: Directories,
     *,
+    config: Path | str | None = None,
+    tokenizer: Path | str | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Make a store of the checkpoint `src` (a directory or a hub id) in `nvme_dir`.
+    """Make a store of the checkpoint `src` in `nvme_dir`.
+
+    `src` is a directory, a .gguf file (one piece of a split one will do), or a hub id, with
+    `:quantisation` for a repository of GGUF files. `config` and `tokenizer` (directories or hub
+    ids) stand in for what a GGUF says of itself.
 
     Several directories share the experts; the first holds everything else. An interrupted
     conversion is continued by the same call; a finished one is left as it is. `dtype` (bf16, f16,
@@ -59,9 +63,8 @@ def convert(
     """
     directories = _directories(nvme_dir)
     asked = parse_dtype(dtype)
-    source = locate(src)
-    with Checkpoint.open(source.directory) as checkpoint:
-        blueprint, layout = plan(checkpoint, source.name, len(directories), asked, shard_bytes)
+    with open_source(src, config=config, tokenizer=tokenizer) as checkpoint:
+        blueprint, layout = plan(checkpoint, len(directories), asked, shard_bytes)
         manifest = None if force else finished_store(directories, layout.manifest)
         if manifest is not None:
             log.info("%s is already converted", directories[0])
@@ -71,19 +74,16 @@ def convert(
 
 
 def plan(
-    checkpoint: Checkpoint,
-    name: str,
+    checkpoint: ModelSource,
     num_directories: int,
     asked: torch.dtype | None,
     shard_bytes: int,
 ) -> tuple[Blueprint, Layout]:
     """What becomes of `checkpoint` and where it goes; reads headers only."""
     model = build_meta(read_config(checkpoint.directory))
-    mapping = map_names(model, checkpoint.tensors, str(checkpoint.config.get("model_type")))
-    blueprint = draw(model, mapping, checkpoint, Precision.of(model, asked))
-    tool = f"tierrun {tierrun.__version__}"
-    model_id = _model_id(checkpoint, name)
-    identity = Identity(tool, model_id, model.config.model_type, checkpoint.fingerprint())
+    blueprint = draw(model, checkpoint.mapping(model), checkpoint, Precision.of(model, asked))
+    tool, kind = f"tierrun {tierrun.__version__}", model.config.model_type
+    identity = Identity(tool, checkpoint.model_id, kind, checkpoint.fingerprint())
     return blueprint, lay_out(blueprint, identity, num_directories, shard_bytes)
 
 
@@ -97,16 +97,8 @@ def _directories(nvme_dir: Directories) -> tuple[Path, ...]:
     return directories
 
 
-def _model_id(checkpoint: Checkpoint, name: str) -> str:
-    """The id in config.json unless it is somebody's path, else the name of the source."""
-    recorded = checkpoint.config.get("_name_or_path")
-    if isinstance(recorded, str) and recorded and not recorded.startswith((".", "/", "~")):
-        return recorded
-    return name
-
-
 def _write(
-    checkpoint: Checkpoint,
+    checkpoint: ModelSource,
     blueprint: Blueprint,
     layout: Layout,
     directories: Sequence[Path],
@@ -133,7 +125,7 @@ def _write(
 def _write_items(
     items: Sequence[Item],
     done: Mapping[int, int],
-    source: Source,
+    source: ModelSource,
     writer: ShardWriter,
     progress: Progress | None,
 ) -> None:

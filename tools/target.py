@@ -12,12 +12,9 @@ from tierrun.io.errors import UsageError
 from tierrun.io.store import MANIFEST, MODEL_DIR, Manifest, Store, read_manifest
 from tierrun.tools.disk import unwritable
 from tierrun.tools.journal import JOURNAL, Journal
+from tierrun.tools.sources.files import model_files
 
 _SHARD = re.compile(r"^(experts|resident)-\d{5}-of-\d{5}\.safetensors$")
-_MODEL_FILES = (
-    "*.json", "*.jinja", "additional_chat_templates/*.jinja",
-    "*.model", "*.tiktoken", "merges.txt", "vocab.txt",
-)  # fmt: skip
 
 
 def finished_store(directories: Sequence[Path], wanted: Manifest) -> Manifest | None:
@@ -105,14 +102,11 @@ def _shards_in(directories: Sequence[Path]) -> list[Path]:
 
 def copy_model_files(source: Path, root: Path) -> None:
     """Configuration, tokenizer and chat template of `source`, byte for byte, into the store."""
-    for pattern in _MODEL_FILES:
-        for path in sorted(source.glob(pattern)):
-            if path.name.endswith(".index.json"):
-                continue
-            copy = root / MODEL_DIR / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-            sync(copy)
+    for path in model_files(source):
+        copy = root / MODEL_DIR / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        sync(copy)
     sync(root / MODEL_DIR)
 
 

@@ -2,13 +2,29 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tierrun.io.errors import CheckpointError
 
 _NUMBERED = re.compile(r"^(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors$")
+
+_MODEL_FILES = (
+    "*.json", "*.jinja", "additional_chat_templates/*.jinja",
+    "*.model", "*.tiktoken", "merges.txt", "vocab.txt",
+)  # fmt: skip
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+"""Of which a directory with a tokenizer has one."""
+
+
+def model_files(directory: Path) -> Iterator[Path]:
+    """Configuration, tokenizer and chat template in `directory`."""
+    for pattern in _MODEL_FILES:
+        for path in sorted(directory.glob(pattern)):
+            if not path.name.endswith(".index.json"):
+                yield path
 
 
 def read_json(path: Path) -> dict[str, Any]:
