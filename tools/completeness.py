@@ -6,8 +6,9 @@ import torch
 from transformers import PreTrainedModel
 
 from tierrun.io.errors import CheckpointError
+from tierrun.tools.assembling import is_separate
 from tierrun.tools.mapping import Assembly, optional
-from tierrun.tools.recipes import Shadow, is_separate
+from tierrun.tools.sources.source import Shadow
 
 
 def check_parameters(model: PreTrainedModel, made: set[str]) -> None:

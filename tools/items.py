@@ -9,7 +9,8 @@ import torch
 
 from tierrun.io.store import Manifest, RecordClass
 from tierrun.tools.blueprint import Blueprint, LayerRecipe
-from tierrun.tools.recipes import Source
+from tierrun.tools.pieces import padding
+from tierrun.tools.sources.source import Source
 
 
 class Item(NamedTuple):
@@ -41,17 +42,12 @@ def _record_pieces(
     def pieces(source: Source) -> Iterator[torch.Tensor]:
         end = 0
         for matrix, made in zip(cls.matrices, recipe.matrices, strict=True):
-            yield from _padding(matrix.extent.offset - end)
+            yield from padding(matrix.extent.offset - end)
             yield made.make(source, expert)
             end = matrix.extent.end
-        yield from _padding(cls.nbytes - end)
+        yield from padding(cls.nbytes - end)
 
     return pieces
-
-
-def _padding(nbytes: int) -> Iterator[torch.Tensor]:
-    if nbytes:
-        yield torch.zeros(nbytes, dtype=torch.uint8)
 
 
 def trusted(

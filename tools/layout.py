@@ -6,14 +6,12 @@ and the directory of each shard. The same blueprint gives the same layout, where
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-from tierrun.engine.codecs.dense import CODECS, DTYPE_NAMES
 from tierrun.io.extent import PAGE, Extent, align_up
-from tierrun.io.header import build_header
+from tierrun.io.header import DTYPE_BYTES, build_header
 from tierrun.io.store import (
     ExpertKey,
     Layer,
@@ -26,7 +24,7 @@ from tierrun.io.store import (
     record_name,
 )
 from tierrun.tools.blueprint import Blueprint, LayerRecipe
-from tierrun.tools.recipes import ResidentRecipe
+from tierrun.tools.residents import ResidentRecipe
 
 SHARD_BYTES = 8 << 30
 """Default size of a data file: few files, none too large to copy about."""
@@ -71,7 +69,7 @@ def lay_out(
 ) -> Layout:
     """The layout of `blueprint`'s store over `num_directories` directories."""
     classes = [_class(layer) for layer in blueprint.layers]
-    residents = sorted(blueprint.residents, key=lambda r: (-r.dtype.itemsize, r.name))
+    residents = sorted(blueprint.residents, key=lambda r: (-r.alignment, r.name))
     files = _resident_files(residents, shard_bytes)
     for home in range(num_directories):
         files += _expert_files(blueprint.layers, classes, home, num_directories, shard_bytes)
@@ -94,15 +92,23 @@ def _class(layer: LayerRecipe) -> RecordClass:
     matrices, offset = [], 0
     for recipe in layer.matrices:
         offset = align_up(offset, MATRIX_ALIGNMENT)
-        extent = Extent(offset, prod(recipe.shape) * recipe.dtype.itemsize)
-        matrices.append(Matrix(recipe.name, CODECS[recipe.dtype], recipe.shape, extent))
+        extent = Extent(offset, recipe.nbytes)
+        matrices.append(Matrix(recipe.name, recipe.codec, recipe.shape, extent))
         offset = extent.end
     return RecordClass(align_up(offset, PAGE), tuple(matrices))
 
 
 def _resident_files(residents: Sequence[ResidentRecipe], shard_bytes: int) -> list[_File]:
-    entries = {r.name: (DTYPE_NAMES[r.dtype], r.shape, r.nbytes) for r in residents}
+    entries = {r.name: _entry(r) for r in residents}
     return [_File("resident", 0, part) for part in _split(entries, shard_bytes)]
+
+
+def _entry(recipe: ResidentRecipe) -> _Entry:
+    """What the file says; packed weights are bytes, filled up so that the next is aligned."""
+    if recipe.dtype in DTYPE_BYTES:
+        return recipe.dtype, recipe.shape, recipe.nbytes
+    nbytes = align_up(recipe.nbytes, recipe.alignment)
+    return "U8", (nbytes,), nbytes
 
 
 def _expert_files(
@@ -170,6 +176,6 @@ def _layer(
     return Layer(layer.path, layer.top_k, record_class, tuple(records))
 
 
-def _resident(recipe: ResidentRecipe, shard: int, extent: Extent) -> Resident:
-    dtype = DTYPE_NAMES[recipe.dtype]
-    return Resident(recipe.name, shard, dtype, recipe.shape, extent, 0)
+def _resident(recipe: ResidentRecipe, shard: int, place: Extent) -> Resident:
+    extent = Extent(place.offset, recipe.nbytes)
+    return Resident(recipe.name, shard, recipe.dtype, recipe.shape, extent, 0, recipe.inputs)
