@@ -75,7 +75,7 @@ def _put_codes(
                 codes &= (1 << plane.width) - 1
                 target = fields[:, index, byte].transpose(0, 1)
                 if book is not None:
-                    target.copy_(book[codes])
+                    target.copy_(book.index_select(0, codes.flatten()).view(codes.shape))
                 elif shift:
                     target.add_(codes.mul_(1 << shift).to(torch.float32))
                 else:
