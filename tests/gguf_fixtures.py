@@ -79,7 +79,8 @@ _LINEAR: dict[str, Any] = _experts(4) | {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
     "linear_conv_kernel_dim": 3,
-    "shared_expert_intermediate_size": 48,
+    "shared_expert_intermediate_size": 40,
+    "head_dim": 24,
     "rope_parameters": _PARTIAL,
     "rms_norm_eps": 2e-5,
 }
@@ -128,12 +129,17 @@ MODELS: dict[str, Fixture] = {
                 key: value for key, value in _YARN.items() if not key.startswith("beta")
             },
             "rms_norm_eps": 2e-5,
-            "head_dim": 32,
+            "head_dim": 24,
             "norm_topk_prob": True,
         },
     ),
     "qwen3next": Fixture("qwen3_next", "qwen2", _LINEAR, ("--no-mtp", "--fuse-gate-up-exps")),
-    "qwen35moe": Fixture("qwen3_5_moe_text", "qwen35", _LINEAR, mtp="mtp.layers.0."),
+    "qwen35moe": Fixture(
+        "qwen3_5_moe_text",
+        "qwen35",
+        _LINEAR | _experts(3) | {"num_experts_per_tok": 2},
+        mtp="mtp.layers.0.",
+    ),
     "deepseek_v2": Fixture(
         "deepseek_v2",
         "deepseek-llm",
@@ -156,6 +162,7 @@ MODELS: dict[str, Fixture] = {
         | {
             "rope_parameters": _ROPE | {"partial_rotary_factor": 0.25},
             "rms_norm_eps": 2e-5,
+            "head_dim": 24,
             "use_qk_norm": True,
             "attention_bias": True,
             "n_shared_experts": 2,
@@ -171,6 +178,7 @@ MODELS: dict[str, Fixture] = {
         "gpt-4o",
         {
             "sliding_window": 8,
+            "head_dim": 24,
             "rope_parameters": _YARN | {"truncate": False},
             "rms_norm_eps": 2e-5,
         },
@@ -180,7 +188,8 @@ MODELS: dict[str, Fixture] = {
         "minimax-m2",
         {
             "rope_parameters": _PARTIAL,
-            "rotary_dim": 8,
+            "head_dim": 24,
+            "rotary_dim": 12,
             "scoring_func": "sigmoid",
             "rms_norm_eps": 2e-5,
         },
