@@ -179,6 +179,16 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Store floats as bf16, f16 or f32.")
     ] = None,
+    quant: Annotated[
+        str | None, typer.Option("--quant", help="Quantise experts: q8_0, q4_0 or mxfp4.")
+    ] = None,
+    quant_resident: Annotated[
+        str | None, typer.Option("--quant-resident", help="Quantise linear and embedding weights.")
+    ] = None,
+    requant: Annotated[
+        str | None,
+        typer.Option("--requant", help="Quantise anew (lossy) what tierrun has no codec for."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -196,6 +206,9 @@ def convert(
                 config=config,
                 tokenizer=tokenizer,
                 dtype=dtype,
+                quant=quant,
+                quant_resident=quant_resident,
+                requant=requant,
                 force=force,
                 progress=progress,
             )

@@ -14,6 +14,7 @@ from tierrun.engine.architecture import build_meta, read_config
 from tierrun.io.errors import UsageError
 from tierrun.io.store import Manifest
 from tierrun.tools.blueprint import Blueprint, draw
+from tierrun.tools.choices import Quantising
 from tierrun.tools.disk import check_space, disk_errors, shard_paths
 from tierrun.tools.items import Item, list_items, trusted, with_checksums
 from tierrun.tools.journal import Journal
@@ -42,6 +43,9 @@ def convert(
     config: Path | str | None = None,
     tokenizer: Path | str | None = None,
     dtype: str | None = None,
+    quant: str | None = None,
+    quant_resident: str | None = None,
+    requant: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
     progress: Progress | None = None,
@@ -56,15 +60,22 @@ def convert(
     conversion is continued by the same call; a finished one is left as it is. `dtype` (bf16, f16,
     f32) converts floating-point weights, `force` replaces what the directories hold.
 
+    What is quantised stays so. `quant` and `quant_resident` (q8_0, q4_0, mxfp4) quantise what is
+    not, of the experts and of the rest; `requant` quantises anew, with loss, what is of a type that
+    has no codec.
+
     Raises:
         CheckpointError, ModelError: the source cannot be converted.
-        UsageError: the directories cannot be written or hold something else.
+        UsageError: the directories cannot be written or hold something else, or there is nothing
+            to quantise.
         DiskFullError: no room; make some and call again.
     """
     directories = _directories(nvme_dir)
-    asked = parse_dtype(dtype)
-    with open_source(src, config=config, tokenizer=tokenizer) as checkpoint:
-        blueprint, layout = plan(checkpoint, len(directories), asked, shard_bytes)
+    asked, quantising = parse_dtype(dtype), Quantising.parse(quant, quant_resident, requant)
+    with open_source(
+        src, config=config, tokenizer=tokenizer, requant=requant is not None
+    ) as checkpoint:
+        blueprint, layout = plan(checkpoint, len(directories), asked, shard_bytes, quantising)
         manifest = None if force else finished_store(directories, layout.manifest)
         if manifest is not None:
             log.info("%s is already converted", directories[0])
@@ -78,10 +89,12 @@ def plan(
     num_directories: int,
     asked: torch.dtype | None,
     shard_bytes: int,
+    quantising: Quantising,
 ) -> tuple[Blueprint, Layout]:
     """What becomes of `checkpoint` and where it goes; reads headers only."""
     model = build_meta(read_config(checkpoint.directory))
-    blueprint = draw(model, checkpoint.mapping(model), checkpoint, Precision.of(model, asked))
+    mapping, precision = checkpoint.mapping(model), Precision.of(model, asked)
+    blueprint = draw(model, mapping, checkpoint, precision, quantising)
     tool, kind = f"tierrun {tierrun.__version__}", model.config.model_type
     identity = Identity(tool, checkpoint.model_id, kind, checkpoint.fingerprint())
     return blueprint, lay_out(blueprint, identity, num_directories, shard_bytes)
@@ -119,7 +132,15 @@ def _write(
         copy_model_files(checkpoint.directory, directories[0])
         publish(manifest, directories)
         journal.remove()
+    _report_errors(blueprint, resumed=bool(done))
     return manifest
+
+
+def _report_errors(blueprint: Blueprint, *, resumed: bool) -> None:
+    parts = list(blueprint.choices.errors())
+    if parts:
+        over = " (what this run quantised)" if resumed else ""
+        log.info("relative rms error left by quantising%s: %s", over, ", ".join(parts))
 
 
 def _write_items(

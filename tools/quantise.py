@@ -144,7 +144,8 @@ def _nearest(
     groups: torch.Tensor, byte: torch.Tensor, between: torch.Tensor, numbers: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The nearest FP4 codes under the scale 2^(byte - 127), and the square error by group."""
-    scale = torch.ldexp(torch.ones(()), byte - 127)
+    bits = torch.where(byte == 0, 1 << 22, byte << 23)  # 2^-127 is subnormal
+    scale = bits.view(torch.float32)
     magnitude = groups.abs() / scale
     code = torch.bucketize(magnitude, between)
     left = (magnitude - numbers[code]).mul_(scale)

@@ -6,21 +6,15 @@ from typing import Protocol, Self
 from transformers import PreTrainedModel
 
 from tierrun.tools.mapping import Mapping
-from tierrun.tools.recipes import Source
-from tierrun.tools.sources.packing import PackedSource
+from tierrun.tools.sources.source import Source
 
 
-class ModelSource(Source, PackedSource, Protocol):
+class ModelSource(Source, Protocol):
     """An opened checkpoint: its tensors, and the files that go into the store with them.
 
     `directory` holds config.json, tokenizer and chat template in Hugging Face's form; `with`
     closes the checkpoint.
     """
-
-    @property
-    def lossy(self) -> frozenset[str]:
-        """Tensors that can be read as numbers only and must be quantised anew."""
-        ...
 
     @property
     def directory(self) -> Path: ...

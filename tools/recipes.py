@@ -1,1 +1,0 @@
-from tierrun.tools.sources.source import Source as Source
