@@ -10,6 +10,7 @@ from typing import Any
 
 from tierrun.io.errors import CheckpointError
 from tierrun.tools.sources.files import TOKENIZER_FILES, model_files
+from tierrun.tools.sources.gguf_config import hf_config
 from tierrun.tools.sources.gguf_ends import end_tokens
 from tierrun.tools.sources.gguf_tokenizer import TokenizerError, Vocabulary, tokenizer_json
 
@@ -46,8 +47,6 @@ def write_model_files(
     if config is not None:
         _copy(config, directory, "config.json")
     else:
-        from tierrun.tools.sources.gguf_config import hf_config
-
         _write_json(directory / "config.json", hf_config(metadata, shapes))
     if tokenizer is not None:
         for file in TOKENIZER_FILES:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tierrun.tools.sources.gguf_splits import SPLITS, Split
+from tierrun.tools.sources.gguf_splits import SPLITS
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _LONGEST_PIECE = 512
@@ -64,10 +64,6 @@ class Vocabulary:
     def flag(self, name: str, default: bool) -> bool:
         value = self.metadata.get(f"tokenizer.ggml.{name}", default)
         return value if isinstance(value, bool) else default
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.tokens)
 
 
 def _list(metadata: _Json, name: str, kind: type, count: int = 0, default: Any = None) -> list[Any]:
@@ -133,18 +129,14 @@ def _byte_level(vocabulary: Vocabulary) -> _Json:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return {
         "normalizer": None,
-        "pre_tokenizer": _sequence([*map(_isolate, split.patterns), byte_level | _NO_REGEX]),
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [*map(_isolate, split.patterns), byte_level | {"use_regex": False}],
+        },
         "post_processor": _template(vocabulary, bos=split.bos),
         "decoder": byte_level | {"use_regex": True},
-        "model": _bpe(vocabulary, _merges(vocabulary), ignore_merges=_whole_words(split)),
+        "model": _bpe(vocabulary, _merges(vocabulary), ignore_merges=split.whole_words),
     }
-
-
-_NO_REGEX = {"use_regex": False}
-
-
-def _whole_words(split: Split) -> bool:
-    return split.whole_words
 
 
 def _isolate(pattern: str) -> _Json:
@@ -154,10 +146,6 @@ def _isolate(pattern: str) -> _Json:
         "behavior": "Isolated",
         "invert": False,
     }
-
-
-def _sequence(parts: list[_Json]) -> _Json:
-    return {"type": "Sequence", "pretokenizers": parts}
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> _Json:
