@@ -209,7 +209,7 @@ MODELS: dict[str, Fixture] = {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 4321.0},
                 "full_attention": {
                     "rope_type": "proportional",
-                    "partial_rotary_factor": 0.5,
+                    "partial_rotary_factor": 0.25,
                     "rope_theta": 54321.0,
                 },
             },

@@ -112,7 +112,8 @@ class _Naming:
     def _find(self, parameter: str) -> str | None:
         for spelling in _spellings(parameter):
             name = self.table.get_name(spelling, try_suffixes=_SUFFIXES)
-            for candidate in (name, f"{name}.weight"):  # gpt-oss' sinks and gemma's scalars
+            # parameters without a suffix: sinks, scalars, correction biases
+            for candidate in (name, f"{name}.weight", f"{name}.bias"):
                 if candidate in self.names:
                     return candidate
         return None
