@@ -221,10 +221,25 @@ MODELS: dict[str, Fixture] = {
 }
 """Name (of the architecture in llama.cpp, unless two share one) → how it is made."""
 
+_TINY: dict[str, Any] = _experts(4) | {
+    "hidden_size": 32,
+    "num_experts_per_tok": 2,
+    "rope_parameters": _ROPE,
+}
+
+OTHERS: dict[str, Fixture] = {
+    "afmoe": Fixture("afmoe", "qwen2", _TINY),
+    "dots1": Fixture("dots1", "qwen2", _TINY),
+    "exaone-moe": Fixture("exaone_moe", "qwen2", _TINY),
+    "granitemoe": Fixture("granitemoe", "qwen2", _TINY | {"attention_multiplier": 0.2}),
+    "lfm2moe": Fixture("lfm2_moe", "qwen2", _TINY),
+}
+"""Those whose configuration must be given."""
+
 
 def write_fixture(name: str, llama_cpp: Path, directory: Path) -> None:
     """The files of fixture `name`, in `directory`; `llama_cpp` is a checkout of llama.cpp."""
-    fixture = MODELS[name]
+    fixture = (MODELS | OTHERS)[name]
     with TemporaryDirectory() as scratch, quiet():
         checkpoint = Path(scratch) / name
         model = _save_checkpoint(fixture, checkpoint)
@@ -322,9 +337,9 @@ def _one_thread() -> Iterator[None]:
 def main(arguments: list[str]) -> None:
     llama_cpp, *names = arguments
     with _one_thread():
-        for name in names or MODELS:
+        for name in names or MODELS | OTHERS:
             write_fixture(name, Path(llama_cpp).resolve(), FIXTURES / name)
-    print(f"wrote {', '.join(names or MODELS)} to {FIXTURES}")
+    print(f"wrote {', '.join(names or MODELS | OTHERS)} to {FIXTURES}")
 
 
 if __name__ == "__main__":

@@ -41,17 +41,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def refuse_quantised(directory: Path, config: dict[str, Any]) -> None:
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        quantisation = part.get("quantization_config")
-        if quantisation:
-            method = quantisation.get("quant_method", "unknown method")
-            raise CheckpointError(
-                f"{directory} is a quantised checkpoint ({method}): not supported yet; "
-                "use the bf16 one"
-            )
-
-
 def weight_files(directory: Path) -> list[Path]:
     """The weight files as transformers chooses them: one file, an index, or what is there."""
     if (directory / "model.safetensors").is_file():

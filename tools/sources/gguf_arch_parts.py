@@ -125,8 +125,14 @@ def dense_layers(f: Fields) -> dict[str, Any]:
 
 def leading_dense(f: Fields) -> dict[str, Any]:
     """DeepSeek's and GLM's: the first layers are dense, the others have shared experts."""
+    sparse = sparse_layers(f)
+    if sparse != list(range(sparse[0], num_layers(f))):
+        raise CheckpointError(
+            f"layers {sparse} have routers (ffn_gate_inp.weight), wanted all from one on; "
+            "is a part of the file?"
+        )
     return {
-        "first_k_dense_replace": f.count("leading_dense_block_count", 0, low=0),
+        "first_k_dense_replace": sparse[0],
         "intermediate_size": f.count("feed_forward_length", expert_size(f)),
         "n_shared_experts": f.count("expert_shared_count", low=0, high=1 << 16),
         "n_group": f.count("expert_group_count", 1, high=1 << 16),

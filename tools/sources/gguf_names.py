@@ -4,6 +4,7 @@ gguf's own table gives the names; what llama.cpp's converter did to the values i
 rules of `gguf_transforms`. An architecture without rules is mapped by its names alone.
 """
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,14 +23,22 @@ from transformers.core_model_loading import (
 from tierrun.engine.architecture import expert_parameters, experts_modules
 from tierrun.io.errors import CheckpointError
 from tierrun.tools.mapping import Assembly, Mapping
-from tierrun.tools.sources.gguf_transforms import Rearrange, interleave, rules_of, transpose
+from tierrun.tools.sources.gguf_transforms import (
+    Rearrange,
+    interleave,
+    is_tested,
+    rules_of,
+    transpose,
+)
+
+log = logging.getLogger(__name__)
 
 _SUFFIXES = (".weight", ".bias", ".scale")
 
 _ALIASES = (
     (r"e_score_correction_bias$", "e_score_correction.bias"),
-    (r"\.mlp\.e_score_correction_bias$", ".block_sparse_moe.e_score_correction.bias"),
     (r"\.dt_bias$", ".dt_proj.bias"),
+    (r"\.router\.weight$", ".router.layer.weight"),
     (r"\.router\.scale$", ".router.proj.scale"),
     (r"\.router\.per_expert_scale$", ".experts.down_proj.scale"),
 )
@@ -57,6 +66,8 @@ def map_gguf(model: PreTrainedModel, names: Iterable[str], architecture: str) ->
         CheckpointError: gguf does not know `architecture`, or a tensor has no place.
     """
     naming = _Naming.of(model, names, architecture)
+    if not is_tested(architecture):
+        log.warning("%s: nobody has tested yet whether its GGUF files change values", architecture)
     found = {target: naming.place(target) for target in model.state_dict()}
     assemblies = {target: assembly for target, assembly in found.items() if assembly}
     used = {name for assembly in assemblies.values() for name in assembly.names}

@@ -166,11 +166,15 @@ _SHIFTED_NORMS = Rule(r"(?<!linear_attn\.)norm\.weight$", _always(_less_one))
 
 _EVERYWHERE = (Rule(r"shared_expert_gate\.weight$", _always(_row)),)
 
+_LLAMA = (
+    Rule(r"\.q_proj\.(weight|bias)$", _heads("num_attention_heads")),
+    Rule(r"\.k_proj\.(weight|bias)$", _heads("num_key_value_heads")),
+)
+
 _RULES: dict[str, tuple[Rule, ...]] = {
-    "llama": (
-        Rule(r"\.q_proj\.(weight|bias)$", _heads("num_attention_heads")),
-        Rule(r"\.k_proj\.(weight|bias)$", _heads("num_key_value_heads")),
-    ),
+    "llama": _LLAMA,
+    "granitemoe": _LLAMA,
+    "lfm2moe": (Rule(r"\.conv\.conv\.weight$", _always(_channels)),),
     "deepseek2": (Rule(r"\.kv_b_proj\.", _always(_join_kv), (".k_b_proj.", ".v_b_proj.")),),
     "qwen3next": (
         _SHIFTED_NORMS,
@@ -189,3 +193,13 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         Rule(r"\.out_proj\.weight$", _value_columns),
     ),
 }
+
+_AS_STORED = frozenset(
+    "afmoe dots1 exaone-moe gemma4 glm4moe gpt-oss minimax-m2 olmoe qwen2moe qwen3moe".split()
+)
+"""Architectures tested to need no rules of their own."""
+
+
+def is_tested(architecture: str) -> bool:
+    """Whether it is known what the converter did to the values of this architecture."""
+    return architecture in _RULES or architecture in _AS_STORED

@@ -6,7 +6,7 @@ from tierrun.io.errors import UsageError
 from tierrun.tools.sources.checkpoint import ModelSource
 from tierrun.tools.sources.gguf import GgufCheckpoint
 from tierrun.tools.sources.hub import locate, locate_model_files
-from tierrun.tools.sources.safetensors import Checkpoint
+from tierrun.tools.sources.quantised import open_checkpoint
 
 
 def open_source(
@@ -31,7 +31,7 @@ def open_source(
             raise UsageError(
                 f"--config and --tokenizer are for GGUF files; {source} has its own beside it"
             )
-        return Checkpoint.open(located.directory, located.name)
+        return open_checkpoint(located.directory, located.name)
     return GgufCheckpoint.open(
         located.files,
         config=None if config is None else locate_model_files(config),

@@ -13,7 +13,7 @@ from tierrun.engine.codecs.planes import Fields
 from tierrun.io.errors import CheckpointError
 from tierrun.io.header import TensorInfo, read_header
 from tierrun.tools.mapping import Mapping, map_names
-from tierrun.tools.sources.files import check_index, read_json, refuse_quantised, weight_files
+from tierrun.tools.sources.files import check_index, read_json, weight_files
 from tierrun.tools.sources.packing import Packing
 from tierrun.tools.sources.reading import Files, fingerprint
 
@@ -37,13 +37,12 @@ class Checkpoint:
         """Read the configuration and every header of the checkpoint in `directory`.
 
         Raises:
-            CheckpointError: no such directory, no weights, a shard missing, or a quantised one.
+            CheckpointError: no such directory, no weights, or a shard missing.
             CorruptError: a header that contradicts its file.
         """
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory")
         config = read_json(directory / "config.json")
-        refuse_quantised(directory, config)
         tensors: dict[str, tuple[Path, TensorInfo]] = {}
         for path in weight_files(directory):
             tensors |= {name: (path, info) for name, info in _header(path).items()}
