@@ -100,11 +100,12 @@ def test_unknown_architecture(copy: Path, tmp_path: Path) -> None:
     refused(copy, tmp_path / "s", ModelError, "nonesuch")
 
 
-def test_quantised_checkpoint(copy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "quark"])
+def test_quantised_in_a_way_without_a_codec(copy: Path, tmp_path: Path, method: str) -> None:
     config = json.loads((copy / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
+    config["quantization_config"] = {"quant_method": method}
     (copy / "config.json").write_text(json.dumps(config))
-    refused(copy, tmp_path / "s", CheckpointError, "quantised", "fp8")
+    refused(copy, tmp_path / "s", CheckpointError, "quantised", method)
 
 
 def test_weights_of_other_kinds(copy: Path, tmp_path: Path) -> None:
