@@ -73,8 +73,8 @@ class GgufCheckpoint:
             for name, tensor in header.tensors.items()
         }
         lossy = frozenset(name for name, (_, tensor) in tensors.items() if _is_lossy(tensor))
-        if lossy and not requant:
-            raise _without_codec(*_first(tensors, lossy))
+        for name in sorted(lossy):
+            _check_readable(*tensors[name], name, requant)
         scratch = TemporaryDirectory(prefix="tierrun-")
         directory = Path(scratch.name) / model_stem(paths[0])
         metadata = headers[0].metadata
@@ -124,11 +124,7 @@ class GgufCheckpoint:
         for level, values in zip(levels(codec), found.levels, strict=True):
             bad = values == 255 if level.element == "e8m0" else ~torch.isfinite(values)
             if bad.any():
-                row = start + int(bad.any(dim=1).int().argmax())
-                raise CheckpointError(
-                    f"{path}: tensor {name} has a scale in row {row} that is NaN or infinite; "
-                    "download it again"
-                )
+                raise _bad_scale(path, name, start + int(bad.any(dim=1).int().argmax()))
         return found
 
     def _rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -165,22 +161,14 @@ class GgufCheckpoint:
 
     def _expanded(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Some rows of the quantised tensor `name`, fp32 [rows, columns]."""
-        tensor = self.tensors[name][1]
+        path, tensor = self.tensors[name]
         if tensor.type.number in CODECS:
             codec = find_codec(CODECS[tensor.type.number])
             return dequantise(codec, self.fields(name, start, stop))
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
-
-        rows = self._rows(name, start, stop).numpy()
-        values = torch.from_numpy(dequantize(rows, GGMLQuantizationType(tensor.type.number)))
-        if not values.isfinite().all():
-            path, bad = self.tensors[name][0], ~values.isfinite().all(dim=1)
-            row = start + int(bad.int().argmax())
-            raise CheckpointError(
-                f"{path}: tensor {name} has a scale in row {row} that is NaN or infinite; "
-                "download it again"
-            )
+        values = _expand(self._rows(name, start, stop), tensor)
+        bad = ~values.isfinite().all(dim=1)
+        if bad.any():
+            raise _bad_scale(path, name, start + int(bad.int().argmax()))
         return values
 
 
@@ -195,16 +183,30 @@ def _is_lossy(tensor: GgufTensor) -> bool:
     return tensor.type.name not in _DTYPES and tensor.type.number not in CODECS
 
 
-def _first(
-    tensors: dict[str, tuple[Path, GgufTensor]], names: frozenset[str]
-) -> tuple[Path, str, GgufTensor]:
-    return next((path, name, tensor) for name, (path, tensor) in tensors.items() if name in names)
+def _check_readable(path: Path, tensor: GgufTensor, name: str, requant: bool) -> None:
+    """Raises unless the tensor, of a type without a codec, can and may be expanded by gguf."""
+    what = f"{path}: tensor {name} is {tensor.type.name}, which"
+    try:
+        _expand(torch.zeros(1, tensor.type.nbytes, dtype=torch.uint8), tensor)
+    except NotImplementedError:
+        raise CheckpointError(f"{what} gguf cannot expand; use another quantisation") from None
+    if not requant:
+        raise CheckpointError(
+            f"{what} tierrun has no codec for; --requant q4_0 quantises such tensors anew (lossy)"
+        )
 
 
-def _without_codec(path: Path, name: str, tensor: GgufTensor) -> CheckpointError:
+def _expand(rows: torch.Tensor, tensor: GgufTensor) -> torch.Tensor:
+    """The numbers in some rows of a tensor whose type has no codec, fp32."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    return torch.from_numpy(dequantize(rows.numpy(), GGMLQuantizationType(tensor.type.number)))
+
+
+def _bad_scale(path: Path, name: str, row: int) -> CheckpointError:
     return CheckpointError(
-        f"{path}: tensor {name} is {tensor.type.name}, which tierrun has no codec for; "
-        "--requant q4_0 quantises such tensors anew (lossy)"
+        f"{path}: tensor {name} has a scale in row {row} that is NaN or infinite; download it again"
     )
 
 

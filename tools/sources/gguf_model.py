@@ -47,7 +47,7 @@ def write_model_files(
     if config is not None:
         _copy(config, directory, "config.json")
     else:
-        _write_json(directory / "config.json", hf_config(metadata, shapes))
+        _write_json(directory / "config.json", _config(path, metadata, shapes))
     if tokenizer is not None:
         for file in TOKENIZER_FILES:
             (directory / file).unlink(missing_ok=True)
@@ -56,6 +56,15 @@ def write_model_files(
         _rebuild_tokenizer(path, metadata, directory)
     if not (directory / "generation_config.json").is_file():
         _write_json(directory / "generation_config.json", _generation(metadata))
+
+
+def _config(
+    path: Path, metadata: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    try:
+        return hf_config(metadata, shapes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _copy(source: Path, directory: Path, *wanted: str) -> None:
