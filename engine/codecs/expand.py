@@ -41,13 +41,14 @@ def expand(
     parts: Sequence[torch.Tensor],
     columns: int,
     out: torch.Tensor,
+    work: torch.Tensor,
 ) -> None:
     """Dequantise tiles into `out`, fp32 [padded columns, tiles, rows of a tile].
 
-    `parts` are the planes `described`, each [tiles, units, rows of a tile]. What lies in `out`
-    beyond `columns` means nothing.
+    `parts` are the planes `described`, each [tiles, units, rows of a tile]; `work` is int32 memory
+    for half as many elements as `out`. What lies in `out` beyond `columns` means nothing.
     """
-    _put_codes(codec, described, parts, out)
+    _put_codes(codec, described, parts, out, work)
     levels = iter(part for plane, part in zip(described, parts, strict=True) if not plane.width)
     scale = _by_groups(codec.scale, levels, columns)
     minimum = _by_groups(codec.minimum, levels, columns) if codec.minimum else None
@@ -60,33 +61,47 @@ def expand(
 
 
 def _put_codes(
-    codec: Codec, described: Sequence[Plane], parts: Sequence[torch.Tensor], out: torch.Tensor
+    codec: Codec,
+    described: Sequence[Plane],
+    parts: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    work: torch.Tensor,
 ) -> None:
     """The numbers that the codes stand for, before scaling."""
     book = None if codec.book is None else codec.numbers()
-    shift = 0
-    for plane, words in zip(described, parts, strict=True):
-        if not plane.width:
-            continue
-        fields = _fields(out, plane)
-        for index in range(8 // plane.width):
-            for byte in range(4):
-                codes = words >> (8 * byte + plane.width * index)
-                codes &= (1 << plane.width) - 1
-                target = fields[:, index, byte].transpose(0, 1)
-                if book is not None:
-                    target.copy_(book.index_select(0, codes.flatten()).view(codes.shape))
-                elif shift:
-                    target.add_(codes.mul_(1 << shift).to(torch.float32))
-                else:
-                    target.copy_(codes.sub_(codec.zero))
-        shift += plane.width
+    for numbers, codes in _codes(described, parts, out, work):
+        if book is not None:
+            numbers.copy_(book.index_select(0, codes.flatten()).view(codes.shape))
+        else:
+            numbers.copy_(codes.sub_(codec.zero) if codec.zero else codes)
 
 
-def _fields(out: torch.Tensor, plane: Plane) -> torch.Tensor:
-    """`out` by words, bit fields and bytes of `plane`: input = word, field, byte."""
-    covered = out[: plane.units * (32 // plane.width)]
-    return covered.view(plane.units, 8 // plane.width, 4, *out.shape[1:])
+def _codes(
+    described: Sequence[Plane], parts: Sequence[torch.Tensor], out: torch.Tensor, work: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The codes of every so many inputs, and where in `out` their numbers belong.
+
+    Both are [tiles, units, rows]; the codes lie in `work` until the next ones are asked for.
+    """
+    (low, words), *high = [(d, p) for d, p in zip(described, parts, strict=True) if d.width]
+    per_word = 32 // low.width
+    targets = out[: low.units * per_word].view(low.units, per_word, *out.shape[1:])
+    ratio = low.width // high[0][0].width if high else 1  # words for one of the high bits
+    for word in range(ratio):
+        some = words[:, word::ratio]
+        codes, upper = work[: 2 * some.numel()].view(2, *some.shape)
+        for index in range(per_word):
+            _take(some, low.width, index, codes)
+            for plane, bits in high:
+                _take(bits[:, : some.shape[1]], plane.width, word * per_word + index, upper)
+                codes |= upper.bitwise_left_shift_(low.width)
+            yield targets[word::ratio, index].transpose(0, 1), codes
+
+
+def _take(words: torch.Tensor, width: int, index: int, codes: torch.Tensor) -> None:
+    """Code number `index` of every word: in its byte `index % 4`, bit field `index // 4`."""
+    torch.bitwise_right_shift(words, 8 * (index % 4) + width * (index // 4), out=codes)
+    codes &= (1 << width) - 1
 
 
 def _by_groups(

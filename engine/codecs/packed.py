@@ -72,21 +72,25 @@ class Packed:
         described = planes(self.codec, *self.shape)
         return max(plane.units * (32 // plane.width) for plane in described if plane.width)
 
-    def expand(self, first: int, last: int, out: torch.Tensor) -> torch.Tensor:
+    def expand(
+        self, first: int, last: int, out: torch.Tensor, work: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Rows `first` (a multiple of 32) to `last`, as columns: fp32 [in, last - first].
 
         Inputs are in the stored order. `out` is fp32 memory for at least `padded_columns` ×
-        (last - first) elements; the result lies in it.
+        (last - first) elements, in which the result lies; `work` is int32 memory for half as many.
         """
+        if work is None:
+            work = torch.empty(out.numel() // 2, dtype=torch.int32)
         rows, split = last - first, self.shape[0] // TILE_ROWS * TILE_ROWS
         matrix = out[: self.padded_columns * rows].view(self.padded_columns, rows)
         start, stop = first // TILE_ROWS, min(last, split) // TILE_ROWS
         if stop > start:
             parts = tuple(plane[start:stop] for plane in self.whole.planes)
             columns = matrix[:, : (stop - start) * TILE_ROWS]
-            self._expand(parts, columns.view(-1, stop - start, TILE_ROWS))
+            self._expand(parts, columns.view(-1, stop - start, TILE_ROWS), work)
         if last > split:
-            self._expand(self.tail.planes, matrix[:, -self.tail.rows :].unsqueeze(1))
+            self._expand(self.tail.planes, matrix[:, -self.tail.rows :].unsqueeze(1), work)
         return matrix[: self.shape[1]]
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -97,7 +101,7 @@ class Packed:
             for whole, tail in zip(self.whole.planes, self.tail.planes, strict=True)
         )
         out = torch.empty(self.padded_columns, 1, len(ids))
-        self._expand(parts, out)
+        self._expand(parts, out, torch.empty(out.numel() // 2, dtype=torch.int32))
         return self._in_order(out[: self.shape[1], 0].T)
 
     def dense(self) -> torch.Tensor:
@@ -105,8 +109,10 @@ class Packed:
         out = torch.empty(self.padded_columns * self.shape[0])
         return self._in_order(self.expand(0, self.shape[0], out).T)
 
-    def _expand(self, parts: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        expand(self.codec, planes(self.codec, *self.shape), parts, self.shape[1], out)
+    def _expand(
+        self, parts: tuple[torch.Tensor, ...], out: torch.Tensor, work: torch.Tensor
+    ) -> None:
+        expand(self.codec, planes(self.codec, *self.shape), parts, self.shape[1], out, work)
 
     def _in_order(self, values: torch.Tensor) -> torch.Tensor:
         """`values` [rows, in] with the columns in the model's order."""

@@ -20,6 +20,7 @@ class CpuKernels:
 
     def __init__(self) -> None:
         self._scratch = torch.empty(TILE_ELEMENTS, dtype=torch.float32)
+        self._work = torch.empty(TILE_ELEMENTS // 2, dtype=torch.int32)
 
     def linear(
         self, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None
@@ -41,14 +42,15 @@ class CpuKernels:
     def _packed(self, x: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.Tensor:
         rows, columns = weight.shape[0], weight.padded_columns
         step = max(1, self._tile_rows(columns) // TILE_ROWS) * TILE_ROWS
-        scratch = self._scratch
-        if scratch.numel() < columns * min(step, rows):
-            scratch = torch.empty(columns * min(step, rows))  # one tile larger than the scratch
+        scratch, work = self._scratch, self._work
+        if scratch.numel() < columns * min(step, rows):  # one tile is larger
+            scratch = torch.empty(columns * min(step, rows))
+            work = torch.empty(scratch.numel() // 2, dtype=torch.int32)
         x = x if weight.inputs is None else x[:, weight.inputs]
         y = x.new_empty(len(x), rows)
         for first in range(0, rows, step):
             last = min(first + step, rows)
-            tile = weight.expand(first, last, scratch)
+            tile = weight.expand(first, last, scratch, work)
             _multiply(x, tile, y[:, first:last])
         return y if bias is None else y.add_(bias)
 

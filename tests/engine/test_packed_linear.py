@@ -42,9 +42,9 @@ def test_never_more_than_a_tile_is_expanded(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cpu, "TILE_ELEMENTS", 256 * 32)
     sizes, expand = [], Packed.expand
 
-    def spy(packed: Packed, first: int, last: int, out: torch.Tensor) -> torch.Tensor:
+    def spy(packed: Packed, first: int, last: int, *memory: torch.Tensor) -> torch.Tensor:
         sizes.append((last - first) * packed.shape[1])
-        return expand(packed, first, last, out)
+        return expand(packed, first, last, *memory)
 
     monkeypatch.setattr(Packed, "expand", spy)
     CpuKernels().linear(torch.randn(1, 256), random_packed("q4_k", 128, 256))
