@@ -1,6 +1,7 @@
 """Checkpoints in the formats that models are published in, quantised plainly and by hand."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def deepseek_v4(name: str, weight: torch.Tensor) -> Tensors:
 def nvfp4(name: str, weight: torch.Tensor, *, packed: bool) -> Tensors:
     """ModelOpt's names, whose global scale multiplies, or compressed-tensors', where it divides."""
     top = weight.float().unflatten(-1, (-1, 16)).abs().amax(-1) / 6
-    whole = (top.max() / 448).clamp_min(1e-8)
+    whole = (top.max() / 448).clamp_min(1e-8).log2().ceil().exp2()  # exact in bf16 products
     scale = (top / whole).to(torch.float8_e4m3fn)
     divisor = (1 / whole).reshape(1)
     spread = (scale.float() / divisor if packed else scale.float() * whole).repeat_interleave(16, 1)
@@ -148,3 +149,34 @@ def words(values: torch.Tensor, bits: int) -> torch.Tensor:
     shifts = torch.arange(per) * bits
     word = (unsigned.unflatten(1, (-1, per)) << shifts).sum(-1)
     return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32)
+
+
+def dequantised(
+    directory: Path,
+    target: Path,
+    restore: Callable[[Tensors], torch.Tensor],
+    scale: str = "_scale",
+) -> Path:
+    """The checkpoint in `directory` without its quantisation, in `target`.
+
+    `restore` makes a weight of the tensors whose names begin with the weight's, by what follows it.
+    """
+    shutil.copytree(directory, target)
+    tensors = load_file(directory / "model.safetensors")
+    scales = [name for name in tensors if name.endswith(f".weight{scale}")]
+    for name in (name.removesuffix(scale) for name in scales):
+        parts = [other for other in tensors if other.startswith(name)]
+        tensors[name] = restore({p.removeprefix(name): tensors.pop(p) for p in parts})
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    config.pop("quantization_config")
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def restored_nvfp4(parts: Tensors) -> torch.Tensor:
+    """ModelOpt's formula."""
+    low, high = parts[""] & 15, parts[""] >> 4
+    codes = torch.stack((low, high), -1).flatten(1).long()
+    scale = parts["_scale"].float().repeat_interleave(16, 1) * parts["_scale_2"]
+    return torch.cat((_FP4, -_FP4))[codes] * scale
