@@ -1,5 +1,6 @@
 """A GGUF file's metadata gives back the configuration that it was written from, or says why not."""
 
+import re
 from typing import Any
 
 import pytest
@@ -242,3 +243,42 @@ def test_numbers_are_the_shortest_that_the_file_has() -> None:
 def test_yarn_keeps_its_attention_factor() -> None:
     made = changed("qwen3moe", rope__scaling__yarn_attn_factor=1.25)
     assert made["rope_parameters"]["attention_factor"] == 1.25
+
+
+def without(shapes: Shapes, pattern: str) -> Shapes:
+    return {name: shape for name, shape in shapes.items() if not re.search(pattern, name)}
+
+
+def test_layers_without_a_router_are_dense() -> None:
+    metadata, shapes = FILES["qwen3moe"]
+    config = hf_config(metadata, without(shapes, r"blk\.0\.ffn_gate_inp"))
+    assert config["mlp_only_layers"] == [0]
+    metadata, shapes = FILES["mixtral"]
+    with pytest.raises(CheckpointError, match="no layer has a router"):
+        hf_config(metadata, without(shapes, "ffn_gate_inp"))
+
+
+def test_dense_layers_lead() -> None:
+    metadata, shapes = FILES["deepseek_v3"]
+    first = {"blk.0.ffn_gate_inp.weight": (6, 64), "blk.0.ffn_down_exps.weight": (6, 64, 32)}
+    assert hf_config(metadata, shapes)["first_k_dense_replace"] == 1
+    assert hf_config(metadata, shapes | first)["first_k_dense_replace"] == 0
+    shuffled = without(shapes, r"blk\.1\.ffn_gate_inp") | first
+    with pytest.raises(CheckpointError, match=r"layers \[0\] have routers"):
+        hf_config(metadata, shuffled)
+
+
+def test_biases_are_seen_in_the_file() -> None:
+    metadata, shapes = FILES["qwen3moe"]
+    assert hf_config(metadata, shapes | {"blk.0.attn_q.bias": (96,)})["attention_bias"] is True
+
+
+def test_the_pattern_of_windows_is_taken_where_it_is_said() -> None:
+    made = changed("gpt-oss", attention__sliding_window_pattern=[False, True])
+    assert made["layer_types"] == ["full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize("groups", [{"expert_group_count": 4}, {"expert_group_used_count": 3}])
+def test_groups_must_divide_the_experts(groups: Metadata) -> None:
+    with pytest.raises(CheckpointError, match=next(iter(groups))):
+        changed("deepseek_v3", **groups)

@@ -135,11 +135,20 @@ def leading_dense(f: Fields) -> dict[str, Any]:
         "first_k_dense_replace": sparse[0],
         "intermediate_size": f.count("feed_forward_length", expert_size(f)),
         "n_shared_experts": f.count("expert_shared_count", low=0, high=1 << 16),
-        "n_group": f.count("expert_group_count", 1, high=1 << 16),
-        "topk_group": f.count("expert_group_used_count", 1, high=1 << 16),
+        **_groups(f),
         "routed_scaling_factor": f.positive("expert_weights_scale", 1.0),
         "norm_topk_prob": f.flag("expert_weights_norm", False),
     }
+
+
+def _groups(f: Fields) -> dict[str, Any]:
+    """Groups of experts that are chosen before experts are; older files have none."""
+    experts = f.count("expert_count", high=1 << 16)
+    groups = f.count("expert_group_count", 0, low=0, high=experts) or 1
+    if experts % groups:
+        raise f.wrong("expert_group_count", f"not a divisor of {experts} experts")
+    used = f.count("expert_group_used_count", 0, low=0, high=groups) or groups
+    return {"n_group": groups, "topk_group": used}
 
 
 def shared_expert(f: Fields) -> dict[str, Any]:
