@@ -43,10 +43,10 @@ def blockwise(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int]) ->
 
 def largest(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """The largest magnitude in each block."""
-    rows = [part.abs() for part in weight.split(block[0])]
-    return torch.stack(
-        [torch.stack([part.max() for part in row.split(block[1], 1)]) for row in rows]
-    )
+    height, width = (min(n, most) for n, most in zip(block, weight.shape, strict=True))
+    missing = (0, -weight.shape[1] % width, 0, -weight.shape[0] % height)
+    padded = torch.nn.functional.pad(weight.abs(), missing)
+    return padded.unflatten(1, (-1, width)).unflatten(0, (-1, height)).amax((1, 3))
 
 
 def fp8(block: tuple[int, int], suffix: str = "_scale_inv") -> Quantiser:
