@@ -37,7 +37,8 @@ def is_projection(name: str) -> bool:
 
 def blockwise(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int]) -> torch.Tensor:
     """`scale` for every element of a matrix of `shape`."""
-    spread = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    height, width = (min(n, most) for n, most in zip(block, shape, strict=True))
+    spread = scale.repeat_interleave(height, 0).repeat_interleave(width, 1)
     return spread[: shape[0], : shape[1]]
 
 
