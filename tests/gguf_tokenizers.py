@@ -1,5 +1,6 @@
 """Tiny tokenizers that split text as published ones do, under llama.cpp's name for the way."""
 
+import json
 from functools import cache
 
 from tokenizers import (
@@ -119,8 +120,6 @@ def _model_state(tokenizer: Tokenizer) -> list[str]:
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return [(first, second) for first, second in merges]
 

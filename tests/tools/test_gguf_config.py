@@ -195,6 +195,7 @@ def test_latent_attention_before_its_matrix_was_split() -> None:
         ("mixtral", {"block_count": 5}, "block_count.*block 2 has no tensors"),
         ("mixtral", {"embedding_length": 128}, "embedding_length"),
         ("qwen3moe", {"expert_used_count": 6}, "expert_used_count"),
+        ("qwen3moe", {"expert_count": 6}, "expert_count.*has 5 rows"),
     ],
 )
 def test_what_cannot_be_said_in_a_configuration_is_refused(
@@ -204,8 +205,9 @@ def test_what_cannot_be_said_in_a_configuration_is_refused(
         changed(name, **changes)
 
 
-def test_scaled_frequencies_are_refused() -> None:
-    metadata, shapes = FILES["mixtral"]
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "gemma4"])
+def test_scaled_frequencies_are_refused(name: str) -> None:
+    metadata, shapes = FILES[name]
     with pytest.raises(CheckpointError, match=r"rope_freqs\.weight.*--config"):
         hf_config(metadata, shapes | {"rope_freqs.weight": (12,)})
 
@@ -282,3 +284,13 @@ def test_the_pattern_of_windows_is_taken_where_it_is_said() -> None:
 def test_groups_must_divide_the_experts(groups: Metadata) -> None:
     with pytest.raises(CheckpointError, match=next(iter(groups))):
         changed("deepseek_v3", **groups)
+
+
+def test_groups_that_an_older_file_does_not_say_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    metadata, shapes = FILES["deepseek_v3"]
+    silent = {key: value for key, value in metadata.items() if "expert_group" not in key}
+    assert hf_config(silent, shapes)["n_group"] == 1
+    assert "groups" not in caplog.text
+    many = silent | {"deepseek2.expert_count": 256}
+    assert hf_config(many, shapes | {"blk.1.ffn_gate_inp.weight": (256, 64)})["topk_group"] == 1
+    assert "does not say in which groups" in caplog.text

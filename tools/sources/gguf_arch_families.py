@@ -1,5 +1,6 @@
 """Parts of a configuration that one architecture alone has, from a GGUF file's metadata."""
 
+import logging
 from typing import Any
 
 from tierrun.io.errors import CheckpointError
@@ -12,10 +13,18 @@ from tierrun.tools.sources.gguf_arch_parts import (
     gating,
     num_layers,
     rotary,
+    routed,
 )
+
+log = logging.getLogger(__name__)
 
 _GEMMA_ROTATED = 0.25
 """The part of their heads that published Gemma 4 models rotate in layers of full attention."""
+
+_UNGROUPED = 64
+"""DeepSeek's models with more experts choose groups first, which older files do not say."""
+
+_EMBEDDING, _PER_LAYER = "token_embd.weight", "per_layer_token_embd.weight"
 
 
 def clipped(f: Fields) -> dict[str, Any]:
@@ -49,11 +58,16 @@ def deepseek(f: Fields) -> dict[str, Any]:
     score = gating(f)
     if score not in (SOFTMAX, SIGMOID):
         raise f.wrong("expert_gating_func", "wanted softmax (1) or sigmoid (2); use --config")
+    if not f.has("expert_group_count") and f.count("expert_count") > _UNGROUPED:
+        log.warning(
+            "this file does not say in which groups its experts are chosen: none are assumed, as "
+            "llama.cpp does; --config with the original's configuration says it"
+        )
     config = _latent(f) | {"rope_parameters": _with_mscale(f, rotary(f))}
     if score == SIGMOID:
         names = {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
         return config | names | {"rope_interleave": True}
-    limited = f.count("expert_group_count", 1) > 1
+    limited = f.has("expert_group_count") and f.count("expert_group_count", low=0) > 1
     return config | {"topk_method": "group_limited_greedy" if limited else "greedy"}
 
 
@@ -87,30 +101,21 @@ def gemma(f: Fields) -> dict[str, Any]:
     feed-forward side by side, perhaps embeddings per layer."""
     sliding = f.flags("attention.sliding_window_pattern", num_layers(f))
     per_layer = f.count("embedding_length_per_layer_input", 0, low=0)
-    experts = f.count("expert_count", high=1 << 16)
+    experts, used = routed(f)
     cap = "final_logit_softcapping"
     return {
         "layer_types": _attention(sliding),
         "sliding_window": f.count("attention.sliding_window"),
         "num_experts": experts,
-        "top_k_experts": f.count("expert_used_count", high=experts),
+        "top_k_experts": used,
         "moe_intermediate_size": expert_size(f),
         "hidden_size_per_layer_input": per_layer,
-        "vocab_size_per_layer_input": _per_layer_rows(f)
-        if per_layer
-        else f.shape(_EMBEDDING, 2)[0],
+        "vocab_size_per_layer_input": f.shape(_PER_LAYER if per_layer else _EMBEDDING, 2)[0],
         "final_logit_softcapping": f.positive(cap) if f.has(cap) else None,
         "rope_parameters": _gemma_rotary(f),
         **_gemma_feed_forward(f),
         **_gemma_heads(f, sliding),
     }
-
-
-_EMBEDDING = "token_embd.weight"
-
-
-def _per_layer_rows(f: Fields) -> int:
-    return f.shape("per_layer_token_embd.weight", 2)[0]
 
 
 def _gemma_heads(f: Fields, sliding: list[bool]) -> dict[str, Any]:

@@ -85,11 +85,19 @@ def experts(name: str, size: str) -> Part:
     """How many there are (as `name`), how many a token uses, and their inner size (as `size`)."""
 
     def part(f: Fields) -> dict[str, Any]:
-        count = f.count("expert_count", high=1 << 16)
-        used = f.count("expert_used_count", high=count)
+        count, used = routed(f)
         return {name: count, "num_experts_per_tok": used, size: expert_size(f)}
 
     return part
+
+
+def routed(f: Fields) -> tuple[int, int]:
+    """How many experts there are, and how many of them a token uses."""
+    count = f.count("expert_count", high=1 << 16)
+    router = f"blk.{sparse_layers(f)[0]}.ffn_gate_inp.weight"
+    if f.shape(router, 2)[0] != count:
+        raise f.wrong("expert_count", f"{router} has {f.shape(router, 2)[0]} rows")
+    return count, f.count("expert_used_count", high=count)
 
 
 def expert_size(f: Fields) -> int:
@@ -190,11 +198,6 @@ def rope(f: Fields) -> dict[str, Any]:
     """Rotary parameters of an architecture that rotates whole heads."""
     if f.count("rope.dimension_count", head_dim(f)) != head_dim(f):
         raise f.wrong("rope.dimension_count", f"this architecture rotates all {head_dim(f)}")
-    if "rope_freqs.weight" in f.shapes:
-        raise CheckpointError(
-            "tensor rope_freqs.weight scales this file's rotary frequencies, in a way that its "
-            "metadata does not say; give the configuration with --config HF_DIR_OR_ID"
-        )
     return {"rope_parameters": rotary(f)}
 
 
@@ -213,6 +216,11 @@ def fraction(part: int, whole: int) -> float:
 
 def rotary(f: Fields) -> dict[str, Any]:
     """The base and the scaling: none, linear, or YaRN."""
+    if "rope_freqs.weight" in f.shapes:
+        raise CheckpointError(
+            "tensor rope_freqs.weight scales this file's rotary frequencies, in a way that its "
+            "metadata does not say; give the configuration with --config HF_DIR_OR_ID"
+        )
     parameters: dict[str, Any] = {"rope_theta": f.positive("rope.freq_base", 10000.0)}
     kind = f.text("rope.scaling.type", "none")
     if kind == "none":

@@ -67,7 +67,11 @@ def map_gguf(model: PreTrainedModel, names: Iterable[str], architecture: str) ->
     """
     naming = _Naming.of(model, names, architecture)
     if not is_tested(architecture):
-        log.warning("%s: nobody has tested yet whether its GGUF files change values", architecture)
+        log.warning(
+            "GGUF files of %s have not been tested: their weights are taken as they are, although "
+            "llama.cpp may have changed some",
+            architecture,
+        )
     found = {target: naming.place(target) for target in model.state_dict()}
     assemblies = {target: assembly for target, assembly in found.items() if assembly}
     used = {name for assembly in assemblies.values() for name in assembly.names}
