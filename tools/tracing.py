@@ -140,13 +140,17 @@ class _Conversion:
         made = self.run(rows, columns)
         by_row = rows[self.starts[selection.tensors] + selection.rows]
         order = torch.arange(self.columns) if selection.columns is None else selection.columns
-        if made is None or made.shape != (len(by_row), len(order)) or _has_twins(order):
+        if made is None or made.shape != (len(by_row), len(order)) or not self._is_order(order):
             return False
         step = max(1, _CHECKED_ELEMENTS // max(len(order), 1))
         return all(
             torch.equal(got, wanted[:, None] ^ columns[order])
             for got, wanted in zip(torch.split(made, step), torch.split(by_row, step), strict=True)
         )
+
+    def _is_order(self, order: torch.Tensor) -> bool:
+        """Whether every column is there once."""
+        return torch.equal(order.sort().values, torch.arange(self.columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +179,3 @@ def _gather(
 
 def _edge(made: torch.Tensor | None, dim: int) -> torch.Tensor | None:
     return None if made is None or not made.numel() else made.select(dim, 0)
-
-
-def _has_twins(order: torch.Tensor) -> bool:
-    return len(torch.unique(order)) != len(order)
