@@ -122,7 +122,12 @@ class GgufCheckpoint:
         found = fields(tensor.type.number, self._rows(name, start, stop))
         codec = find_codec(CODECS[tensor.type.number])
         for level, values in zip(levels(codec), found.levels, strict=True):
-            bad = values == 255 if level.element == "e8m0" else ~torch.isfinite(values)
+            if level.element == "e8m0":
+                bad = values == 255
+            elif values.is_floating_point():
+                bad = ~torch.isfinite(values)
+            else:
+                continue
             if bad.any():
                 raise _bad_scale(path, name, start + int(bad.any(dim=1).int().argmax()))
         return found
