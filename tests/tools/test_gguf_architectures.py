@@ -12,7 +12,8 @@ import torch
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 from tests.checkpoints import quiet
-from tests.gguf_fixtures import FIXTURES, MODELS, OTHERS
+from tests.gguf_fixtures import FIXTURES
+from tests.gguf_models import MODELS, OTHERS
 
 import tierrun
 from tierrun.engine.architecture import build_meta, read_config

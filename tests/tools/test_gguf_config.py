@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.checkpoints import quiet
-from tests.gguf_fixtures import FIXTURES, MODELS
+from tests.gguf_fixtures import FIXTURES
+from tests.gguf_models import MODELS
 from transformers import AutoConfig
 
 from tierrun.io.errors import CheckpointError
