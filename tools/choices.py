@@ -106,6 +106,11 @@ class Choices:
             nbytes,
         )
 
+    def note_lossy(self, codec: Codec, count: int, nbytes: int) -> None:
+        """Weights of a type without a codec are quantised anew to `codec`."""
+        reason = f"are of types that have no codec: quantised anew to {codec.name}, which is lossy"
+        self.notes.add(reason, count, nbytes)
+
     def errors(self) -> Iterator[str]:
         """The error that quantising left, for a log line."""
         yield from self.experts.parts()

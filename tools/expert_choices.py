@@ -107,12 +107,16 @@ def _unpacked(
         raise CheckpointError(f"{where}: {every[0]} has dtype {dtype}: not supported yet")
     dense = replace(dense, dtype=dtype)
     asked = choices.quantising
-    codec = asked.lossy if choices.is_lossy(every) else asked.experts
+    is_lossy, num_experts = choices.is_lossy(every), parameter.full_shape[0]
+    codec = asked.lossy if is_lossy else asked.experts
     if codec is None or len(dense.shape) != 2:
         return dense
-    if not choices.fits(codec, dense.shape, parameter.full_shape[0], _bytes(dense)):
+    if not choices.fits(codec, dense.shape, num_experts, _bytes(dense)):
         return dense
-    return QuantisedMatrix(dense, codec, choices.experts)
+    quantised = QuantisedMatrix(dense, codec, choices.experts)
+    if is_lossy:
+        choices.note_lossy(codec, num_experts, num_experts * quantised.nbytes)
+    return quantised
 
 
 def _of_all_experts(parameter: ExpertParameter, names: Sequence[str]) -> list[str]:

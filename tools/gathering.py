@@ -24,7 +24,7 @@ def gather(
     if len(parts) == 1:
         return parts[0]
     back = torch.cat(order).argsort()
-    return _map(lambda *tensors: torch.cat(tensors)[back], *parts)
+    return map_fields(lambda *tensors: torch.cat(tensors)[back], *parts)
 
 
 def _rows(source: PackedSource, name: str, rows: torch.Tensor) -> Fields:
@@ -36,12 +36,12 @@ def _rows(source: PackedSource, name: str, rows: torch.Tensor) -> Fields:
     parts = [source.fields(name, start, stop) for start, stop in ranges]
     have = torch.cat([torch.arange(start, stop) for start, stop in ranges])
     if torch.equal(have, rows):
-        return parts[0] if len(parts) == 1 else _map(lambda *t: torch.cat(t), *parts)
+        return parts[0] if len(parts) == 1 else map_fields(lambda *t: torch.cat(t), *parts)
     index = torch.searchsorted(have, rows)
-    return _map(lambda *tensors: torch.cat(tensors)[index], *parts)
+    return map_fields(lambda *tensors: torch.cat(tensors)[index], *parts)
 
 
-def _map(function: Callable[..., torch.Tensor], *fields: Fields) -> Fields:
+def map_fields(function: Callable[..., torch.Tensor], *fields: Fields) -> Fields:
     """`function` of the same part of each of `fields`, part by part."""
 
     def each(parts: Sequence[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:

@@ -66,12 +66,16 @@ def _select(choices: Choices, dense: DenseResident) -> Selection | None:
 def _unpacked(choices: Choices, dense: DenseResident) -> ResidentRecipe:
     """`dense` itself, or quantised where that was asked for."""
     asked = choices.quantising
-    codec = asked.lossy if choices.is_lossy(dense.assembly.names) else asked.residents
+    is_lossy = choices.is_lossy(dense.assembly.names)
+    codec = asked.lossy if is_lossy else asked.residents
     if codec is None or not _computes_packed(dense.model, dense.name) or _is_router(dense):
         return dense
     if not choices.fits(codec, dense.shape, 1, dense.nbytes):
         return dense
-    return QuantisedResident(dense, codec, choices.residents)
+    quantised = QuantisedResident(dense, codec, choices.residents)
+    if is_lossy:
+        choices.note_lossy(codec, 1, quantised.nbytes)
+    return quantised
 
 
 def _is_router(dense: DenseResident) -> bool:
