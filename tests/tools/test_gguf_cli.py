@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from tests.ggufs import FIXTURES, Tensor, gguf_bytes, metadata_pair, spoilt
@@ -95,6 +96,14 @@ def test_architecture_without_a_map(run: Run, tmp_path: Path, architecture: str)
     assert architecture in refused(run, path) and not (tmp_path / "store").exists()
 
 
+def test_vision_tower(run: Run, tmp_path: Path) -> None:
+    def rename(metadata: dict[str, Any]) -> None:
+        metadata["general.type"] = "mmproj"
+
+    path = spoilt("mixtral", tmp_path / "a.gguf", metadata=rename)
+    assert "is no model, it says, but 'mmproj'" in refused(run, path)
+
+
 def test_dense_model(run: Run, tmp_path: Path) -> None:
     def densify(metadata: dict[str, Any]) -> None:
         for key in [key for key in metadata if "expert" in key]:
@@ -118,6 +127,22 @@ def test_tokenizer_that_cannot_be_rebuilt(run: Run, tmp_path: Path) -> None:
     error = refused(run, path)
     assert "its pre-tokenizer 'whatever' is not known" in error and "--tokenizer" in error
     assert run(path, "--tokenizer", FIXTURES / "mixtral")[0] == 0
+
+
+def test_type_without_codec_is_quantised_anew_when_asked(run: Run, tmp_path: Path) -> None:
+    def put(tensors: dict[str, tuple[Any, int]]) -> None:
+        for name, (values, _) in tensors.items():
+            if "_gate_exps" in name:
+                rows = np.full((*values.shape[:-1], 36), 0x38, np.uint8)
+                tensors[name] = (rows, GGMLQuantizationType.NVFP4)
+
+    path = spoilt("mixtral", tmp_path / "a.gguf", tensors=put)
+    error = refused(run, path)
+    assert "ffn_gate_exps.weight is NVFP4" in error and "--requant q4_0" in error
+    code, error = run(path, "--requant", "q4_0")
+    assert code == 0, error
+    codecs = Store.open([tmp_path / "store"]).manifest.classes[0].matrices
+    assert "q4_0" in {matrix.codec for matrix in codecs}
 
 
 # memory

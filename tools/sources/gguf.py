@@ -67,6 +67,7 @@ class GgufCheckpoint:
         """
         headers = [_header(path) for path in paths]
         check_pieces(paths, headers)
+        _check_model(paths[0], headers[0].metadata)
         tensors = {
             name: (path, tensor)
             for path, header in zip(paths, headers, strict=True)
@@ -184,6 +185,12 @@ def _header(path: Path) -> GgufHeader:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
+def _check_model(path: Path, metadata: dict[str, Any]) -> None:
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise CheckpointError(f"{path} is no model, it says, but {kind!r}; name the model's file")
+
+
 def _is_lossy(tensor: GgufTensor) -> bool:
     return tensor.type.name not in _DTYPES and tensor.type.number not in CODECS
 
@@ -197,7 +204,7 @@ def _check_readable(path: Path, tensor: GgufTensor, name: str, requant: bool) ->
         raise CheckpointError(f"{what} gguf cannot expand; use another quantisation") from None
     if not requant:
         raise CheckpointError(
-            f"{what} tierrun has no codec for; --requant q4_0 quantises such tensors anew (lossy)"
+            f"{what} tierrun cannot keep; --requant q4_0 quantises such tensors anew (lossy)"
         )
 
 
