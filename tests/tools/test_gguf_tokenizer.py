@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -180,6 +181,25 @@ def test_fixtures_keep_their_ids(name: str, tmp_path: Path) -> None:
             assert ours(text)["input_ids"] == theirs(text)["input_ids"], text
     for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(ours, role) == getattr(theirs, role)
+
+
+VOCABULARIES = Path(os.environ.get("LLAMA_CPP", "nowhere")) / "models"
+"""Published vocabularies in a checkout of llama.cpp, with ids that the original tokenizers gave."""
+
+
+@pytest.mark.skipif(not VOCABULARIES.is_dir(), reason="LLAMA_CPP names no checkout of llama.cpp")
+@pytest.mark.parametrize("path", VOCABULARIES.glob("*.gguf.inp"), ids=lambda path: path.name)
+def test_ids_of_published_tokenizers(path: Path) -> None:
+    metadata = read_gguf_header(path.with_suffix("")).metadata
+    if metadata["tokenizer.ggml.model"] == "bert":
+        pytest.skip("no language model's tokenizer")
+    tokenizer = rebuilt(metadata)
+    texts = path.read_text().split("\n__ggml_vocab_test__\n")
+    lines = path.with_suffix(".out").read_text().split("\n")
+    for text, line in zip(texts, lines, strict=False):
+        ids = [int(word) for word in line.split()]
+        assert tokenizer.encode(text, add_special_tokens=False).ids == ids, text
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
 # sentencepiece

@@ -73,6 +73,7 @@ _BAILING = (
 _SEED_CODER = (
     rf"{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACE}",
 )
+_FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
 
 _GROUPS = (
@@ -94,6 +95,7 @@ _GROUPS = (
      "granite-docling"),
     (Split((r"\p{N}", _GPT2)), "starcoder refact command-r smollm codeshell exaone minerva-7b "
      "mellum2"),
+    (Split(_FALCON), "falcon"),
     (Split(_DEFAULT), "default"),
 )  # fmt: skip
 
