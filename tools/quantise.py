@@ -21,7 +21,9 @@ log = logging.getLogger(__name__)
 GROUP = 32
 CHOICES = ("q8_0", "q4_0", "mxfp4")
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
+"""Elements at a time: their temporaries stay in cache."""
+
 _HALF_MAX = torch.finfo(torch.float16).max
 
 
@@ -86,24 +88,20 @@ _Made = tuple[torch.Tensor, torch.Tensor, float]
 def _integers(groups: torch.Tensor, low: int, high: int, limits: tuple[float, ...]) -> _Made:
     """Codes `low` to `high` (stored from 0 up) and half scales.
 
-    Each of `limits` is a number that the value of largest magnitude becomes, before rounding.
+    Each of `limits` is a number that the value of largest magnitude becomes, before rounding; the
+    first is that of plain rounding.
     """
-    index = groups.abs().argmax(dim=1, keepdim=True)
-    largest = groups.gather(1, index)
+    largest = groups.gather(1, groups.abs().argmax(dim=1, keepdim=True))
     best_scale = _half(largest / limits[0])
-    best = _error(groups, best_scale, low, high)
+    best = _error(groups, best_scale, _codes(groups, best_scale, low, high))
     for limit in limits:
-        scale = largest / limit
-        for _ in range(2):  # the scale as tried, then the best one for the codes that it gives
-            codes = _codes(groups, scale, low, high)
-            square = codes.square().sum(dim=1, keepdim=True)
-            scale = _half((groups * codes).sum(dim=1, keepdim=True) / square.clamp_(min=1))
-        error = _error(groups, scale, low, high)
+        codes = _codes(groups, largest / limit, low, high)
+        scale = _half(_dot(groups, codes) / _dot(codes, codes).clamp_(min=1))
+        error = _error(groups, scale, _codes(groups, scale, low, high))
         better = error < best
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)
-    codes = _codes(groups, best_scale, low, high)
-    stored = (codes - low).to(torch.uint8)
+    stored = (_codes(groups, best_scale, low, high) - low).to(torch.uint8)
     return stored, best_scale.to(torch.float16).flatten(), float(best.sum(dtype=torch.float64))
 
 
@@ -116,47 +114,52 @@ def _codes(groups: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> to
     return (groups * inverse).round_().clamp_(low, high)
 
 
-def _error(groups: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
-    left = groups - _codes(groups, scale, low, high).mul_(scale)
-    return left.square_().sum(dim=1, keepdim=True)
+def _error(groups: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """The square error of each group, in the memory of `codes`."""
+    left = torch.addcmul(groups, codes, scale, value=-1, out=codes)
+    return _dot(left, left)
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    products: torch.Tensor = torch.linalg.vecdot(a, b)
+    return products.unsqueeze_(1)
 
 
 def _microscaled(groups: torch.Tensor) -> _Made:
     """FP4 numbers under powers of two."""
-    codec = find_codec("mxfp4")
-    numbers = codec.numbers()[:8]
-    between = (numbers[1:] + numbers[:-1]) / 2
-    largest = groups.abs().amax(dim=1, keepdim=True)
-    exponent = largest.frexp().exponent - 3  # the largest number, 6, is below 2^3
-    best = torch.full_like(largest, torch.inf)
+    magnitude = groups.abs()
+    exponent = magnitude.amax(dim=1, keepdim=True).frexp().exponent - 3  # 6 is below 2^3
+    best = torch.full((len(groups), 1), torch.inf)
     best_byte = torch.zeros_like(exponent)
-    for shift in (0, 1, -1):
+    for shift in (0, 1, -1):  # the first is what plain rounding takes
         byte = (exponent + shift + 127).clamp_(0, 254)
-        error = _nearest(groups, byte, between, numbers)[1]
+        scale = _power(byte)
+        error = _error(magnitude, scale, _nearest_fp4(magnitude / scale))
         better = error < best
         best = torch.where(better, error, best)
         best_byte = torch.where(better, byte, best_byte)
-    codes, _ = _nearest(groups, best_byte, between, numbers)
-    return codes, best_byte.to(torch.uint8).flatten(), float(best.sum(dtype=torch.float64))
+    numbers = find_codec("mxfp4").numbers()[:8]
+    codes = torch.bucketize(_nearest_fp4(magnitude / _power(best_byte)), numbers)
+    codes += 8 * groups.signbit()
+    stored = best_byte.to(torch.uint8).flatten()
+    return codes.to(torch.uint8), stored, float(best.sum(dtype=torch.float64))
 
 
-def _nearest(
-    groups: torch.Tensor, byte: torch.Tensor, between: torch.Tensor, numbers: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest FP4 codes under the scale 2^(byte - 127), and the square error by group."""
-    bits = torch.where(byte == 0, 1 << 22, byte << 23)  # 2^-127 is subnormal
-    scale = bits.view(torch.float32)
-    magnitude = groups.abs() / scale
-    code = torch.bucketize(magnitude, between)
-    left = (magnitude - numbers[code]).mul_(scale)
-    codes = (code + 8 * groups.signbit()).to(torch.uint8)
-    return codes, left.square_().sum(dim=1, keepdim=True)
+def _power(byte: torch.Tensor) -> torch.Tensor:
+    """2^(byte - 127)."""
+    return torch.where(byte == 0, 1 << 22, byte << 23).view(torch.float32)  # 2^-127 is subnormal
+
+
+def _nearest_fp4(magnitude: torch.Tensor) -> torch.Tensor:
+    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6."""
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    return (magnitude / step).round_().mul_(step).clamp_(max=6)
 
 
 _METHODS: dict[str, Callable[[torch.Tensor], _Made]] = {
     "q8_0": lambda groups: _integers(groups, -128, 127, (127, -128, 126.5, 126, -127.5)),
     "q4_0": lambda groups: _integers(
-        groups, -8, 7, (-8.0, *(-8 - i / 10 for i in range(-9, 10) if i))
+        groups, -8, 7, (-8, -7.2, -7.4, -7.6, -7.8, -8.2, -8.4, -8.6, -8.8)
     ),
     "mxfp4": _microscaled,
 }
