@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tests.checkpoints import tiny_checkpoint
 from tests.ggufs import FIXTURES, metadata_pair
+from tokenizers import Tokenizer
 
 from tierrun.io.errors import TierrunError
 from tierrun.io.header import read_header
@@ -105,6 +106,8 @@ def gguf_target() -> Iterator[Target]:
         def read(data: bytes) -> None:
             path.write_bytes(data)
             with GgufCheckpoint.open([path], requant=True) as checkpoint:
+                if (checkpoint.directory / "tokenizer.json").is_file():
+                    Tokenizer.from_file(str(checkpoint.directory / "tokenizer.json"))
                 for name in list(checkpoint.tensors)[:4]:
                     checkpoint.elements(name, 0, min(64, checkpoint.tensors[name][1].shape[-1]))
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.ggufs import FIXTURES, spoilt
+from tokenizers import Tokenizer
 
 from tierrun.engine.text import load_tokenizer
 from tierrun.io.errors import CheckpointError
@@ -64,8 +65,8 @@ def changed(**values: Any) -> Callable[[dict[str, Any]], None]:
         (changed(model="t5"), "its kind 't5' is not supported"),
         (changed(merges=None), "tokenizer.ggml.merges is missing"),
         (changed(tokens=["a", "b", "a"]), "some are spelt alike"),
-        (changed(merges=["x y"]), "its parts do not fit together"),
-        (changed(merges=["xy"]), "a merge has one part: 'xy'"),
+        (changed(merges=["x y"]), "the merge 'x y' is not of two of its tokens"),
+        (changed(merges=["xy"]), "the merge 'xy' is not of two of its tokens"),
         (changed(token_type=[1]), "token_type has 1 entries for"),
         (changed(tokens=[1, 2]), "tokens is missing or is no list of str"),
     ],
@@ -103,19 +104,26 @@ _JSON = st.recursive(
 )
 
 
+_PIECES = st.text("abĠ▁<\n", max_size=3)
+
+
 @given(
     st.fixed_dictionaries(
         {"tokenizer.ggml.model": st.sampled_from(["gpt2", "llama", "gemma4", "x"])},
         optional={
             f"tokenizer.ggml.{name}": _JSON | st.lists(st.text(max_size=3), max_size=6)
-            for name in ("tokens", "merges", "scores", "token_type", "pre", "bos_token_id")
+            for name in ("scores", "token_type", "pre", "bos_token_id", "unknown_token_id")
+        }
+        | {
+            "tokenizer.ggml.tokens": _JSON | st.lists(_PIECES, max_size=9, unique=True),
+            "tokenizer.ggml.merges": _JSON | st.lists(st.tuples(_PIECES, _PIECES).map(" ".join)),
         },
     )
 )
-def test_any_metadata_raises_only_its_error(metadata: dict[str, Any]) -> None:
+def test_any_metadata_makes_a_tokenizer_or_its_error(metadata: dict[str, Any]) -> None:
     try:
         vocabulary = Vocabulary.of(metadata)
         if vocabulary is not None:
-            tokenizer_json(vocabulary)
+            Tokenizer.from_str(tokenizer_json(vocabulary)).encode("a b")
     except TokenizerError as error:
         assert "\n" not in str(error)
