@@ -70,6 +70,8 @@ def draw(
     _report_unused(model, mapping)
     choices.notes.tell()
     _check_quantised(quantising, layers, residents)
+    if quantising.lossy and not source.lossy:
+        log.warning("--requant has nothing to do: every tensor is of a type that has a codec")
     return Blueprint(layers, residents, choices)
 
 

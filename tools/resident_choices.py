@@ -17,6 +17,9 @@ from tierrun.tools.residents import (
 )
 from tierrun.tools.tracing import Selection
 
+_ROUTERS = {"gate", "router"}
+"""What architectures call their routers, where those have modules of their own."""
+
 
 def choose_resident(
     choices: Choices, model: PreTrainedModel, assembly: Assembly, name: str, made: torch.Tensor
@@ -79,7 +82,9 @@ def _unpacked(choices: Choices, dense: DenseResident) -> ResidentRecipe:
 
 
 def _is_router(dense: DenseResident) -> bool:
-    """Whether the weight scores experts (or weighs one): few rows, on which everything hangs."""
+    """Whether the weight scores experts (or weighs one): small, and everything hangs on it."""
+    if not _ROUTERS.isdisjoint(dense.name.split(".")):
+        return True
     block = dense.name.rpartition(".")[0].rpartition(".")[0]
     for path, module in experts_modules(dense.model).items():
         parent = path.rpartition(".")[0]

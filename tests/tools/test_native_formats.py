@@ -86,6 +86,38 @@ def test_fp8_in_blocks(family: str, tmp_path: Path) -> None:
     assert residents <= experts | {"fp8_row_f32"}
 
 
+def test_fp8_of_fused_experts(tmp_path: Path) -> None:
+    """As transformers itself saves them; also with a scale for each expert alone."""
+    source = tiny("qwen3_moe", tmp_path / "source", moe_intermediate_size=256)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with quiet():
+        model.save_pretrained(source, save_original_format=False)
+
+    def quantise(name: str, weight: torch.Tensor) -> native.Tensors:
+        parts = [native.fp8((128, 128))("", one) for one in weight]
+        if name.endswith("down_proj"):
+            parts = [native.fp8(tuple(one.shape))("", one) for one in weight]
+        stacked = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
+        return {name + key: tensor for key, tensor in stacked.items()}
+
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    native.rewrite(source, lambda name: ".experts." in name, quantise, config)
+    got = ours(source, tmp_path / "store")
+    manifest = read_manifest(tmp_path / "store")
+    assert codecs(manifest)[0] == {"fp8_g128_f32", "fp8_row_f32"}
+    tensors = load_file(source / "model.safetensors")
+    with torch.no_grad():
+        for name in [name for name in tensors if name.endswith("_scale_inv")]:
+            weight = name.removesuffix("_scale_inv")
+            spread = [
+                native.blockwise(scale, one.shape, (128, 128) if scale.numel() > 1 else one.shape)
+                for scale, one in zip(tensors[name], tensors[weight], strict=True)
+            ]
+            model.get_parameter(weight).copy_(tensors[weight].float() * torch.stack(spread))
+        wanted = model(torch.tensor([TOKENS])).logits[0]
+    assert_same(got, wanted)
+
+
 def test_mxfp4_of_gpt_oss(tmp_path: Path) -> None:
     source = tiny("gpt_oss", tmp_path / "source", intermediate_size=128)
     experts = ("experts.gate_up_proj", "experts.down_proj")

@@ -160,6 +160,19 @@ def test_widths_that_are_not_groups_stay(tmp_path: Path, caplog: pytest.LogCaptu
     assert told.startswith("16 weights (")
 
 
+def test_routers_stay(tmp_path: Path) -> None:
+    """Also where they are linear modules, one or several."""
+    for family in ("minimax_m2", "zaya", "qwen2_moe"):
+        source = tiny_checkpoint(family, tmp_path / family)
+        convert(source, tmp_path / f"{family}-store", quant_resident="q4_0")
+        residents = codecs(tmp_path / f"{family}-store")[1]
+        routers = {
+            name for name in residents if re.search(r"\.(gate|router|\w*expert_gate)\.", name)
+        }
+        assert routers and {residents[name] for name in routers} <= {"F32"}
+        assert "q4_0" in residents.values()
+
+
 def test_resuming_with_another_codec_is_refused(source: Path, tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         if done > total / 2:
