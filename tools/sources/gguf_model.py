@@ -82,7 +82,7 @@ _GENERATION = "generation_config.json"
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 
 def _rebuild_tokenizer(path: Path, metadata: dict[str, Any], directory: Path) -> None:
@@ -99,7 +99,7 @@ def _rebuild_tokenizer(path: Path, metadata: dict[str, Any], directory: Path) ->
             f"{path}: the tokenizer cannot be rebuilt: {reason}; name the original's directory or "
             "hub id with --tokenizer"
         ) from None
-    (directory / "tokenizer.json").write_text(text)
+    (directory / "tokenizer.json").write_text(text, encoding="utf-8")
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     special = {f"{role}_token": vocabulary.special(name) for role, name in roles.items()}
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -113,11 +113,11 @@ def _write_templates(metadata: dict[str, Any], directory: Path) -> None:
         if not name.startswith(key) or not isinstance(template, str):
             continue
         if name == key:
-            (directory / "chat_template.jinja").write_text(template)
+            (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
         elif _TEMPLATE_NAME.match(name.removeprefix(key + ".")):
             more = directory / "additional_chat_templates"
             more.mkdir(exist_ok=True)
-            (more / f"{name.removeprefix(key + '.')}.jinja").write_text(template)
+            (more / f"{name.removeprefix(key + '.')}.jinja").write_text(template, encoding="utf-8")
 
 
 def _generation(metadata: dict[str, Any]) -> dict[str, Any]:

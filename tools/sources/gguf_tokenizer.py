@@ -53,7 +53,7 @@ class Vocabulary:
     def id(self, name: str, default: int | None = None) -> int | None:
         """The id under `tokenizer.ggml.<name>_token_id`, if it is one."""
         value = self.metadata.get(f"tokenizer.ggml.{name}_token_id", default)
-        return value if isinstance(value, int) and 0 <= value < len(self.tokens) else None
+        return value if type(value) is int and 0 <= value < len(self.tokens) else None
 
     def special(self, name: str) -> str | None:
         """The token with the role `name`: bos, eos, unknown or padding."""
