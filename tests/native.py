@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tests.checkpoints import quiet
+from tests.engine.models import save_runnable
 
 Tensors = dict[str, torch.Tensor]
 Quantiser = Callable[[str, torch.Tensor], Tensors]
@@ -181,3 +183,46 @@ def restored_nvfp4(parts: Tensors) -> torch.Tensor:
     codes = torch.stack((low, high), -1).flatten(1).long()
     scale = parts["_scale"].float().repeat_interleave(16, 1) * parts["_scale_2"]
     return torch.cat((_FP4, -_FP4))[codes] * scale
+
+
+WIDE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.05,
+}
+
+
+def tiny(family: str, directory: Path, **numbers: Any) -> Path:
+    with quiet():
+        save_runnable(family, directory, **WIDE | numbers)
+    return directory
+
+
+def scheme(bits: int, kind: str, group: int | None, *, symmetric: bool = True) -> dict[str, Any]:
+    """A quantization_config of compressed-tensors for all linear modules but routers."""
+    weights = {
+        "num_bits": bits,
+        "type": kind,
+        "symmetric": symmetric,
+        "strategy": "group" if group else "channel",
+        "group_size": group,
+    }
+    return {"targets": ["Linear"], "weights": weights}
+
+
+def compressed(layout: str, group: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+    }
+
+
+def ragged(directory: Path) -> Path:
+    """A tiny Qwen3 in FP8 whose last blocks have 16 rows and 32 inputs."""
+    tiny("qwen3_moe", directory, hidden_size=160, moe_intermediate_size=144)
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    return rewrite(directory, is_projection, fp8((128, 128)), config)

@@ -4,23 +4,31 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from tierrun.engine.codecs.codec import Codec
 from tierrun.engine.codecs.planes import Fields
 from tierrun.tools.sources.packing import PackedSource
 from tierrun.tools.tracing import Selection
+from tierrun.tools.widening import widen
 
 _GAP = 64
 """Rows that are read and thrown away rather than beginning another read."""
 
 
 def gather(
-    source: PackedSource, names: Sequence[str], selection: Selection, first_row: int
+    source: PackedSource, codec: Codec, names: Sequence[str], selection: Selection, first_row: int
 ) -> Fields:
-    """The rows of `selection` from the tensors `names`, whose row 0 is their row `first_row`."""
+    """The rows of `selection` from the tensors `names`, whose row 0 is their row `first_row`.
+
+    They come in `codec`, which holds those of the tensors.
+    """
     order, parts = [], []
     for number in torch.unique(selection.tensors).tolist():
         places = (selection.tensors == number).nonzero().flatten()
         order.append(places)
-        parts.append(_rows(source, names[number], selection.rows[places] + first_row))
+        packing = source.packing(names[number])
+        assert packing is not None
+        found = _rows(source, names[number], selection.rows[places] + first_row)
+        parts.append(widen(found, packing.codec, codec))
     if len(parts) == 1:
         return parts[0]
     back = torch.cat(order).argsort()

@@ -100,7 +100,7 @@ class KeptMatrix:
     def make(self, source: Source, expert: int) -> torch.Tensor:
         names = self.parameter.names(expert)
         first = expert * self.rows_per_expert
-        return pack(self.kind, gather(source, names, self.selection, first))
+        return pack(self.kind, gather(source, self.kind, names, self.selection, first))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from tierrun.tools.residents import (
     ResidentRecipe,
 )
 from tierrun.tools.tracing import Selection
+from tierrun.tools.widening import common
 
 _ROUTERS = {"gate", "router"}
 """What architectures call their routers, where those have modules of their own."""
@@ -32,9 +33,8 @@ def choose_resident(
     streamed = is_streamed(assembly)
     dense = DenseResident(name, assembly, model, tuple(made.shape), dtype, streamed)
     kinds = {choices.kind(source) for source in assembly.names}
-    kind = next(iter(kinds))
-    selection = None
-    if len(kinds) == 1 and kind is not None and _computes_packed(model, name):
+    kind, selection = common(kinds), None
+    if kind is not None and _computes_packed(model, name):
         selection = _select(choices, dense)
     if selection is None or kind is None:
         if kinds != {None}:

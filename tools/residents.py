@@ -118,7 +118,8 @@ class KeptResident:
 
     def pieces(self, source: Source) -> Iterator[torch.Tensor]:
         def fields(start: int, stop: int) -> Fields:
-            return gather(source, self.names, self.selection.part(slice(start, stop)), 0)
+            rows = self.selection.part(slice(start, stop))
+            return gather(source, self.kind, self.names, rows, 0)
 
         return packed_pieces(self.kind, self.shape, fields)
 

@@ -8,15 +8,22 @@ import pytest
 import torch
 from safetensors import safe_open
 from tests.checkpoints import tiny_checkpoint
+from tests.codecs import NAMES, random_fields
 from tests.packed import Kinds, PackedCheckpoint
+from transformers import PreTrainedModel
+from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter
 
 import tierrun
+from tierrun.engine.codecs.codec import find_codec
+from tierrun.engine.codecs.expand import dequantise
 from tierrun.engine.codecs.weight import matrix_view, widened
 from tierrun.engine.resident import ResidentWeights
 from tierrun.io.errors import CheckpointError, UsageError
 from tierrun.io.store import ExpertKey, Matrix, Store
 from tierrun.tools import convert as conversion
 from tierrun.tools.convert import convert
+from tierrun.tools.mapping import Assembly, Mapping
+from tierrun.tools.widening import holds, widen
 
 WIDE: dict[str, Any] = {
     "hidden_size": 256,
@@ -228,24 +235,62 @@ def test_columns_of_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def permute_columns(monkeypatch: pytest.MonkeyPatch, order: torch.Tensor) -> None:
     """Have the checkpoint's mapping permute the inputs of the attention's output."""
-    from transformers.core_model_loading import ConversionOps, WeightConverter
 
     class Permute(ConversionOps):
         def convert(self, input_dict: Any, target_patterns: list[str], **_: Any) -> Any:
             (tensors,) = input_dict.values()
             return {target_patterns[0]: tensors[0][:, order]}
 
+    remap_output(monkeypatch, ["o_proj.weight"], [Permute()])
+
+
+def remap_output(
+    monkeypatch: pytest.MonkeyPatch, sources: list[str], operations: list[ConversionOps]
+) -> None:
+    """Have the attention's output made of its `sources` by `operations`."""
     true_mapping = PackedCheckpoint.mapping
 
-    def mapping(self: PackedCheckpoint, model: Any) -> Any:
+    def mapping(self: PackedCheckpoint, model: PreTrainedModel) -> Mapping:
         found = true_mapping(self, model)
-        for target, assembly in found.assemblies.items():
-            if target.endswith("o_proj.weight"):
-                pattern = r"o_proj.weight$"
-                converter = WeightConverter(pattern, "o_proj.weight", [Permute()])
-                (names,) = assembly.sources.values()
-                sources = {converter.source_patterns[0]: names}
-                found.assemblies[target] = type(assembly)(target, converter, sources)
+        for target in found.assemblies:
+            path, _, leaf = target.partition("o_proj.weight")
+            if path != target and not leaf:
+                converter = WeightConverter(sources, "o_proj.weight", operations)
+                names = [[path + source] for source in sources]
+                pairs = dict(zip(converter.source_patterns, names, strict=True))
+                found.assemblies[target] = Assembly(target, converter, pairs)
         return found
 
     monkeypatch.setattr(PackedCheckpoint, "mapping", mapping)
+
+
+@pytest.mark.parametrize(
+    "key, value, kept",
+    [("q4_0", "q8_0", "q8_0"), ("q5_0", "q4_0", "q5_0"), ("q4_1", "q4_0", "F32")],
+)
+def test_rows_of_different_codecs(
+    key: str, value: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stay packed where one codec holds the other's values exactly."""
+    source = tiny_checkpoint("mixtral", tmp_path / "source")
+    remap_output(monkeypatch, ["k_proj.weight", "v_proj.weight"], [Concatenate(dim=0)])
+
+    def kinds(name: str) -> tuple[str, int] | None:
+        found = {"k_proj.weight": key, "v_proj.weight": value}.get(name.partition("attn.")[2])
+        return (found, 1) if found else None
+
+    packed, _ = assert_kept(monkeypatch, source, tmp_path, kinds)
+    stored = {r.dtype for r in packed.manifest.residents if r.name.endswith("o_proj.weight")}
+    assert stored == {kept}
+
+
+def test_codecs_that_hold_others() -> None:
+    """Found from their descriptions, and true of their values."""
+    pairs = {(a, b) for a in NAMES for b in NAMES if a != b and holds(find_codec(a), find_codec(b))}
+    assert {("q5_k", "q4_k"), ("q6_k", "q3_k"), ("q8_0", "iq4_nl"), ("q5_1", "q4_1")} <= pairs
+    assert ("q4_k", "q5_k") not in pairs and ("q8_0", "mxfp4") not in pairs
+    for wide, narrow in ((find_codec(a), find_codec(b)) for a, b in pairs):
+        fields = random_fields(narrow, 33, 512)
+        assert torch.equal(
+            dequantise(wide, widen(fields, narrow, wide)), dequantise(narrow, fields)
+        )
