@@ -19,7 +19,9 @@ import tierrun
 from tierrun.engine.architecture import build_meta, read_config
 from tierrun.io.errors import CheckpointError
 from tierrun.tools.mapping import Assembly, Mapping
+from tierrun.tools.sources.files import read_json
 from tierrun.tools.sources.gguf_names import map_gguf
+from tierrun.tools.sources.opening import open_source
 
 Tensors = dict[str, torch.Tensor]
 
@@ -150,6 +152,20 @@ def joined_qkvz(tensors: Tensors) -> Tensors:
 def flat_gates(tensors: Tensors) -> Tensors:
     """A shared expert's gate as a vector, whose only row nobody wrote down."""
     return {name: one[0] if "inp_shexp" in name else one for name, one in tensors.items()}
+
+
+def half_turning(tensors: Tensors) -> Tensors:
+    """Gemma's frequencies such that half of each head turns."""
+    freqs = torch.ones_like(tensors["rope_freqs.weight"])
+    freqs[len(freqs) // 2 :] = 1e30
+    return tensors | {"rope_freqs.weight": freqs}
+
+
+def test_frequencies_in_the_file_say_what_gemma_rotates(tmp_path: Path) -> None:
+    file = rewrite("gemma4", tmp_path / "half.gguf", half_turning)
+    with open_source(file) as source:
+        rope = read_json(source.directory / "config.json")["rope_parameters"]
+    assert rope["full_attention"]["partial_rotary_factor"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,10 @@ _DTYPES = {
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
 
+_ROPE_FREQS = "rope_freqs.weight"
+_MOST_FREQS = 1 << 16
+"""Half of the widest head that a configuration may have."""
+
 _PIECE = 1 << 20
 """Elements that are expanded at once, in rows: their temporaries are several times larger."""
 
@@ -79,14 +83,24 @@ class GgufCheckpoint:
         scratch = TemporaryDirectory(prefix="tierrun-")
         directory = Path(scratch.name) / model_stem(paths[0])
         metadata = headers[0].metadata
-        shapes = {name: tensor.shape for name, (_, tensor) in tensors.items()}
+        name = _model_id(paths[0], metadata)
+        checkpoint = cls(directory, name, metadata, tensors, lossy, scratch)
         try:
             directory.mkdir()
-            write_model_files(paths[0], metadata, shapes, directory, config, tokenizer)
+            checkpoint._write_model_files(paths[0], config, tokenizer)
         except BaseException:
-            scratch.cleanup()
+            checkpoint.close()
             raise
-        return cls(directory, _model_id(paths[0], metadata), metadata, tensors, lossy, scratch)
+        return checkpoint
+
+    def _write_model_files(self, path: Path, config: Path | None, tokenizer: Path | None) -> None:
+        shapes = {name: tensor.shape for name, (_, tensor) in self.tensors.items()}
+        rope_freqs, shape = None, shapes.get(_ROPE_FREQS, ())
+        if len(shape) == 1 and shape[0] <= _MOST_FREQS:
+            rope_freqs = self.read(_ROPE_FREQS).tolist()
+        write_model_files(
+            path, self.metadata, shapes, rope_freqs, self.directory, config, tokenizer
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,15 @@ def write_model_files(
     path: Path,
     metadata: dict[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
+    rope_freqs: Sequence[float] | None,
     directory: Path,
     config: Path | None,
     tokenizer: Path | None,
 ) -> None:
     """Write the files of the GGUF at `path` into `directory`, in Hugging Face's form.
 
-    The same metadata gives the same bytes. `config` and `tokenizer` are directories to take
-    them from instead.
+    The same metadata gives the same bytes. `rope_freqs` is as `hf_config` takes it; `config` and
+    `tokenizer` are directories to take those from instead.
 
     Raises:
         CheckpointError: an architecture or a tokenizer that cannot be rebuilt.
@@ -47,7 +48,7 @@ def write_model_files(
     if config is not None:
         _copy(config, directory, "config.json")
     else:
-        _write_json(directory / "config.json", _config(path, metadata, shapes))
+        _write_json(directory / "config.json", _config(path, metadata, shapes, rope_freqs))
     if tokenizer is not None:
         for file in TOKENIZER_FILES:
             (directory / file).unlink(missing_ok=True)
@@ -59,10 +60,13 @@ def write_model_files(
 
 
 def _config(
-    path: Path, metadata: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
+    path: Path,
+    metadata: dict[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    rope_freqs: Sequence[float] | None,
 ) -> dict[str, Any]:
     try:
-        return hf_config(metadata, shapes)
+        return hf_config(metadata, shapes, rope_freqs)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
