@@ -60,6 +60,11 @@ class QuantisedCheckpoint:
             found = recognise(_Tensors(plain), list(plain.tensors), config)
         except CheckpointError as error:
             raise CheckpointError(f"{plain.directory}: {error}") from None
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{plain.directory}: its quantization_config or a quantised tensor is malformed "
+                f"({error!r})"
+            ) from None
         return cls(plain, found.weights, frozenset(found.parts))
 
     def __enter__(self) -> Self:

@@ -17,7 +17,6 @@ from tierrun.tools.sources.packing import Packing
 from tierrun.tools.sources.quantised_tensors import (
     Blocks,
     Codes,
-    Grid,
     PackedRows,
     QuantisedTensor,
     Stored,
@@ -158,6 +157,8 @@ class _Formats:
     def _two_to_a_byte(self, name: str, logical: str, codec: str, scales: list[str]) -> _Made:
         *rest, stride = self.tensors.shape(name)
         shape, described = (*rest, 2 * stride), find_codec(codec)
+        if shape[-1] % described.multiple:
+            raise self._mismatch(name, scales[0])
         grids = []
         for scale, level in zip(scales, described.scale, strict=True):
             blocks, per = self._grid(name, scale, shape)
@@ -186,8 +187,11 @@ class _Formats:
         columns, bits = self._columns(f"{logical}_shape", name, words)
         shape = (rows, columns)
         blocks, per = self._grid(name, scales, shape)
-        asymmetric = zeros in self.tensors
-        grid: Grid | None = PackedRows(zeros, bits, blocks.groups) if asymmetric else None
+        asymmetric, grid = zeros in self.tensors, None
+        if asymmetric:
+            grid = PackedRows(zeros, bits, blocks.groups)
+            if self.tensors.shape(zeros) != (-(-rows * bits // 32), blocks.groups):
+                raise self._mismatch(name, zeros)
         group = "row" if per is None else f"g{per}"
         codec = f"int{bits}{'z' if asymmetric else ''}_{group}_{self._element(scales)}"
         weight = QuantisedTensor(
@@ -202,7 +206,9 @@ class _Formats:
     def _columns(self, shape: str, name: str, words: int) -> tuple[int, int]:
         """Inputs of an integer weight, and bits per code."""
         widths = {group["num_bits"] for group in weight_groups(self.config)} & {4, 8}
-        count = int(self.tensors.elements(shape, 1, 2)) if shape in self.tensors else None
+        count = None
+        if shape in self.tensors and self.tensors.shape(shape) == (2,):
+            count = int(self.tensors.elements(shape, 1, 2))
         for bits in sorted(widths):
             if count is None and len(widths) == 1:
                 return words * 32 // bits, bits
@@ -243,11 +249,13 @@ class _Formats:
             if group.get("block_structure"):
                 height, width = group["block_structure"]
                 blocks.append((int(height), int(width)))
-            if group.get("group_size"):
+            if int(group.get("group_size") or -1) != -1:  # -1: by channel
                 blocks.append((1, int(group["group_size"])))
         if rows % down == 0 and columns % across == 0:
             blocks.append((rows // down, columns // across))
-        return [(height, width) for height, width in blocks if height > 0 and width > 0]
+        if any(height <= 0 or width <= 0 for height, width in blocks):
+            raise CheckpointError(f"quantization_config has blocks of {blocks}")
+        return blocks
 
     def _element(self, scales: str) -> str:
         dtype = self.tensors.dtype(scales)
