@@ -88,14 +88,6 @@ class Choices:
         widest = reduce(torch.promote_types, map(self.source.dtype, names))
         return self.precision.stored(target, widest)
 
-    def fits(self, codec: Codec, shape: tuple[int, ...], count: int, nbytes: int) -> bool:
-        """Whether matrices of `shape` can be quantised to `codec`; it is noted where not."""
-        if shape[-1] % codec.multiple == 0:
-            return True
-        reason = f"stay as they are: their input is not a multiple of {codec.multiple}"
-        self.notes.add(reason, count, nbytes)
-        return False
-
     def note_dense(self, kinds: Iterable[Codec | None], count: int, nbytes: int) -> None:
         """Packed weights are stored as numbers: what the model wants is not rows of them."""
         packed = " and ".join(sorted({kind.name for kind in kinds if kind is not None}))

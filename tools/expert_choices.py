@@ -111,8 +111,6 @@ def _unpacked(
     codec = asked.lossy if is_lossy else asked.experts
     if codec is None or len(dense.shape) != 2:
         return dense
-    if not choices.fits(codec, dense.shape, num_experts, _bytes(dense)):
-        return dense
     quantised = QuantisedMatrix(dense, codec, choices.experts)
     if is_lossy:
         choices.note_lossy(codec, num_experts, num_experts * quantised.nbytes)

@@ -60,7 +60,7 @@ class Tally:
 
 
 def quantise(codec: Codec, values: torch.Tensor, what: str, tally: Tally | None = None) -> Fields:
-    """The rows `values` (fp32 [rows, in], in a multiple of 32) in `codec`.
+    """The rows `values` (fp32 [rows, in]) in `codec`; the last group of a row may be shorter.
 
     Raises:
         CheckpointError: a value is NaN or infinite; `what` and the row are named.
@@ -69,17 +69,17 @@ def quantise(codec: Codec, values: torch.Tensor, what: str, tally: Tally | None 
     if not values.isfinite().all():
         row = int((~values.isfinite()).any(dim=1).int().argmax())
         raise CheckpointError(f"{what}: row {row} has a value that is NaN or infinite")
-    codes = torch.empty(rows * columns // GROUP, GROUP, dtype=torch.uint8)
+    groups = torch.nn.functional.pad(values, (0, -columns % GROUP)).view(-1, GROUP)
+    codes = torch.empty(groups.shape, dtype=torch.uint8)
     scales = torch.empty(len(codes), dtype=torch.uint8 if codec.book else torch.float16)
     error = 0.0
-    groups = values.reshape(-1, GROUP)
     for start in range(0, len(groups), _CHUNK // GROUP):
         part = slice(start, start + _CHUNK // GROUP)
         codes[part], scales[part], left = _METHODS[codec.name](groups[part])
         error += left
     if tally is not None:
         tally.add(codec, error, float(values.square().sum(dtype=torch.float64)))
-    return Fields(codes.view(rows, columns), (scales.view(rows, columns // GROUP),))
+    return Fields(codes.view(rows, -1)[:, :columns], (scales.view(rows, -1),))
 
 
 _Made = tuple[torch.Tensor, torch.Tensor, float]

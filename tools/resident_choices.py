@@ -73,8 +73,6 @@ def _unpacked(choices: Choices, dense: DenseResident) -> ResidentRecipe:
     codec = asked.lossy if is_lossy else asked.residents
     if codec is None or not _computes_packed(dense.model, dense.name) or _is_router(dense):
         return dense
-    if not choices.fits(codec, dense.shape, 1, dense.nbytes):
-        return dense
     quantised = QuantisedResident(dense, codec, choices.residents)
     if is_lossy:
         choices.note_lossy(codec, 1, quantised.nbytes)

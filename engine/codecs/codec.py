@@ -61,7 +61,8 @@ class Level:
 class Codec:
     """The description; see the module's head. `zero` is subtracted from every code.
 
-    Codes are unsigned integers of `bits` bits; with a `book` they are looked up there instead.
+    Codes are unsigned integers of `bits` bits; with a `book` they are looked up there instead. The
+    last group of a row may be shorter.
     """
 
     name: str
@@ -71,13 +72,6 @@ class Codec:
     book: str | None = None
     minimum: tuple[Level, ...] = ()
     zero_point: Level | None = None
-
-    @property
-    def multiple(self) -> int:
-        """What the input dimension must be a multiple of."""
-        if self.book == "e4m3" or self.name.startswith("int"):
-            return 1  # the last group may be shorter
-        return max(level.per or 1 for level in (*self.scale, *self.minimum))
 
     def numbers(self) -> torch.Tensor:
         """What each code stands for before scaling, fp32 [2^bits]."""

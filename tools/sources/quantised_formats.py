@@ -157,7 +157,7 @@ class _Formats:
     def _two_to_a_byte(self, name: str, logical: str, codec: str, scales: list[str]) -> _Made:
         *rest, stride = self.tensors.shape(name)
         shape, described = (*rest, 2 * stride), find_codec(codec)
-        if shape[-1] % described.multiple:
+        if shape[-1] % (described.scale[0].per or 1):
             raise self._mismatch(name, scales[0])
         grids = []
         for scale, level in zip(scales, described.scale, strict=True):
