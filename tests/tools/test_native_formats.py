@@ -42,7 +42,6 @@ def theirs(source: Path, config: Any = None) -> torch.Tensor:
 
 
 def assert_same(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    print(f"largest difference {(got - wanted).abs().max():.1e} of {wanted.abs().max():.1f}")
     assert wanted.abs().max() > 0.5
     assert (got - wanted).abs().max() < 1e-4
 
