@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tierrun.engine.codecs.codec import Codec, find_codec
+from tierrun.engine.codecs.expand import power_of_two
 from tierrun.engine.codecs.planes import Fields
 from tierrun.io.errors import CheckpointError, UsageError
 
@@ -133,21 +134,16 @@ def _microscaled(groups: torch.Tensor) -> _Made:
     best_byte = torch.zeros_like(exponent)
     for shift in (0, 1, -1):  # the first is what plain rounding takes
         byte = (exponent + shift + 127).clamp_(0, 254)
-        scale = _power(byte)
+        scale = power_of_two(byte)
         error = _error(magnitude, scale, _nearest_fp4(magnitude / scale))
         better = error < best
         best = torch.where(better, error, best)
         best_byte = torch.where(better, byte, best_byte)
     numbers = find_codec("mxfp4").numbers()[:8]
-    codes = torch.bucketize(_nearest_fp4(magnitude / _power(best_byte)), numbers)
+    codes = torch.bucketize(_nearest_fp4(magnitude / power_of_two(best_byte)), numbers)
     codes += 8 * groups.signbit()
     stored = best_byte.to(torch.uint8).flatten()
     return codes.to(torch.uint8), stored, float(best.sum(dtype=torch.float64))
-
-
-def _power(byte: torch.Tensor) -> torch.Tensor:
-    """2^(byte - 127)."""
-    return torch.where(byte == 0, 1 << 22, byte << 23).view(torch.float32)  # 2^-127 is subnormal
 
 
 def _nearest_fp4(magnitude: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ knows a format.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -74,10 +75,15 @@ class Codec:
     zero_point: Level | None = None
 
     def numbers(self) -> torch.Tensor:
-        """What each code stands for before scaling, fp32 [2^bits]."""
-        if self.book is not None:
-            return torch.tensor(BOOKS[self.book]())
-        return torch.arange(1 << self.bits, dtype=torch.float32) - self.zero
+        """What each code stands for before scaling, fp32 [2^bits]; not to be written to."""
+        return _numbers(self)
+
+
+@lru_cache
+def _numbers(codec: Codec) -> torch.Tensor:
+    if codec.book is not None:
+        return torch.tensor(BOOKS[codec.book]())
+    return torch.arange(1 << codec.bits, dtype=torch.float32) - codec.zero
 
 
 def _k_quant(name: str, bits: int, group: int, element: str) -> Codec:

@@ -147,6 +147,16 @@ def _decode(level: Level, values: torch.Tensor) -> torch.Tensor:
     """Elements of `level` as fp32."""
     if level.element != "e8m0":
         return values.to(torch.float32)
-    exponents = values.to(torch.int32)
-    bits = torch.where(exponents == 0, 1 << 22, exponents << 23)  # 2^-127 is subnormal
+    return power_of_two(values.to(torch.int32))
+
+
+def power_of_two(byte: torch.Tensor) -> torch.Tensor:
+    """2^(byte - 127) in fp32 for int32 bytes, as E8M0 says; 255 gives infinity."""
+    bits = torch.where(byte == 0, 1 << 22, byte << 23)  # 2^-127 is subnormal
     return bits.view(torch.float32)
+
+
+def first_bad_row(level: Level, values: torch.Tensor) -> int | None:
+    """The first row of `values` [rows, groups] with an element that is NaN or infinite."""
+    bad = (~_decode(level, values).isfinite()).any(dim=1)
+    return int(bad.int().argmax()) if bad.any() else None

@@ -32,7 +32,6 @@ class Packed:
 
     codec: Codec
     shape: torch.Size
-    nbytes: int
     whole: _Tiles
     tail: _Tiles
     inputs: torch.Tensor | None = None
@@ -64,7 +63,7 @@ class Packed:
             whole.append(values[:split].view(tiles, plane.units, TILE_ROWS))
             tail.append(values[split:].view(1, plane.units, left))
         size = torch.Size(shape)
-        return Packed(codec, size, wanted, _Tiles(tuple(whole)), _Tiles(tuple(tail)), inputs)
+        return Packed(codec, size, _Tiles(tuple(whole)), _Tiles(tuple(tail)), inputs)
 
     @property
     def padded_columns(self) -> int:

@@ -127,6 +127,5 @@ def test_memory_stays_flat(tmp_path: Path, fused: bool) -> None:
     command = [sys.executable, "-c", MEMORY, str(source), str(tmp_path / "store")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     record = Store.open([tmp_path / "store"]).manifest.classes[0].nbytes
-    print(f"{int(done.stdout) / 1024:.0f} MiB above the imports")
     assert int(done.stdout) * 1024 < (512 << 20) + 2 * record
     shutil.rmtree(tmp_path / "store")

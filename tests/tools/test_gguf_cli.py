@@ -154,7 +154,6 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _MEMORY, str(path), str(tmp_path / "store")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     used = int(done.stdout) * 1024
-    print(f"{used >> 20} MiB in all, for {path.stat().st_size >> 20} MiB")
     assert used < 1 << 30 < path.stat().st_size
     shutil.rmtree(tmp_path / "store")
 

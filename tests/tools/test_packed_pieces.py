@@ -78,7 +78,6 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEMORY, str(source), str(tmp_path / "store")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     above = int(done.stdout) * 1024
-    print(f"{above >> 20} MiB above the imports")
     assert above < 384 << 20
     residents = {r.name: r for r in Store.open([tmp_path / "store"]).manifest.residents}
     assert residents["model.embed_tokens.weight"].dtype == "fp8_g128_f32"

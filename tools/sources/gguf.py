@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import prod
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tierrun.engine.codecs.codec import find_codec
-from tierrun.engine.codecs.expand import dequantise
+from tierrun.engine.codecs.expand import dequantise, first_bad_row
 from tierrun.engine.codecs.planes import Fields, levels
 from tierrun.io.errors import CheckpointError
 from tierrun.tools.mapping import Mapping
@@ -21,7 +21,7 @@ from tierrun.tools.sources.gguf_header import GgufHeader, GgufTensor, read_gguf_
 from tierrun.tools.sources.gguf_model import write_model_files
 from tierrun.tools.sources.gguf_names import map_gguf
 from tierrun.tools.sources.packing import Packing
-from tierrun.tools.sources.reading import Files, fingerprint
+from tierrun.tools.sources.reading import Files, fingerprint, read_elements
 
 _DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
@@ -137,14 +137,9 @@ class GgufCheckpoint:
         found = fields(tensor.type.number, self._rows(name, start, stop))
         codec = find_codec(CODECS[tensor.type.number])
         for level, values in zip(levels(codec), found.levels, strict=True):
-            if level.element == "e8m0":
-                bad = values == 255
-            elif values.is_floating_point():
-                bad = ~torch.isfinite(values)
-            else:
-                continue
-            if bad.any():
-                raise _bad_scale(path, name, start + int(bad.any(dim=1).int().argmax()))
+            bad = first_bad_row(level, values)
+            if bad is not None:
+                raise _bad_scale(path, name, start + bad)
         return found
 
     def _rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -156,11 +151,7 @@ class GgufCheckpoint:
 
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
         """Tensor `name` in fresh memory, or of its first dimension only `row` ([1, …])."""
-        shape = self.shape(name)
-        if row is None:
-            return self.elements(name, 0, prod(shape)).view(shape)
-        count = prod(shape[1:])
-        return self.elements(name, row * count, (row + 1) * count).view(1, *shape[1:])
+        return read_elements(self.shape(name), row, partial(self.elements, name))
 
     def elements(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements `start` to `stop` of tensor `name`, counted in memory order ([stop - start])."""

@@ -5,6 +5,8 @@ from typing import Protocol
 
 import torch
 
+from tierrun.engine.codecs.codec import Level
+from tierrun.engine.codecs.expand import first_bad_row
 from tierrun.engine.codecs.planes import Fields
 from tierrun.io.errors import CheckpointError
 from tierrun.tools.sources.packing import Packing
@@ -117,16 +119,16 @@ class QuantisedTensor:
             CheckpointError: a scale that is NaN or infinite.
         """
         scales = tuple(grid.rows(stored, start, stop) for grid in self.scales)
-        for grid, values in zip(self.scales, scales, strict=True):
-            _check_finite(grid.name, values, start)
+        for grid, level, values in zip(self.scales, self.packing.codec.scale, scales, strict=True):
+            _check_finite(grid.name, level, values, start)
         zero = None if self.zero_points is None else self.zero_points.rows(stored, start, stop)
         return Fields(self.codes.rows(stored, start, stop), scales, (), zero)
 
 
-def _check_finite(name: str, scales: torch.Tensor, start: int) -> None:
-    bad = scales == 255 if scales.dtype == torch.uint8 else ~scales.to(torch.float32).isfinite()
-    if bad.any():
-        row = start + int(bad.any(dim=1).int().argmax())
+def _check_finite(name: str, level: Level, scales: torch.Tensor, start: int) -> None:
+    bad = first_bad_row(level, scales)
+    if bad is not None:
         raise CheckpointError(
-            f"tensor {name} has a scale for row {row} that is NaN or infinite; download it again"
+            f"tensor {name} has a scale for row {start + bad} that is NaN or infinite; "
+            "download it again"
         )

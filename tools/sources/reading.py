@@ -6,7 +6,8 @@ file is truncated under it; `pread` gives a short read, which is an error with a
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,16 @@ from tierrun.io.extent import Extent
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
+
+
+def read_elements(
+    shape: tuple[int, ...], row: int | None, elements: Callable[[int, int], torch.Tensor]
+) -> torch.Tensor:
+    """A tensor of `shape`, or of its first dimension only `row` ([1, …]), from its `elements`."""
+    if row is None:
+        return elements(0, prod(shape)).view(shape)
+    count = prod(shape[1:])
+    return elements(row * count, (row + 1) * count).view(1, *shape[1:])
 
 
 class Files:

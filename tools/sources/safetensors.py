@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint in safetensors files."""
 
 from dataclasses import dataclass, field
-from math import prod
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ from tierrun.io.header import TensorInfo, read_header
 from tierrun.tools.mapping import Mapping, map_names
 from tierrun.tools.sources.files import check_index, read_json, weight_files
 from tierrun.tools.sources.packing import Packing
-from tierrun.tools.sources.reading import Files, fingerprint
+from tierrun.tools.sources.reading import Files, fingerprint, read_elements
 
 
 @dataclass(slots=True)
@@ -102,11 +102,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the file ends early or cannot be read.
         """
-        shape = self.info(name).shape
-        if row is None:
-            return self.elements(name, 0, prod(shape)).view(shape)
-        count = prod(shape[1:])
-        return self.elements(name, row * count, (row + 1) * count).view(1, *shape[1:])
+        return read_elements(self.shape(name), row, partial(self.elements, name))
 
     def elements(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements `start` to `stop` of tensor `name`, counted in memory order ([stop - start])."""
