@@ -3,6 +3,7 @@
 Conversion asks it which tensors a checkpoint must become; loading fills it from the store.
 """
 
+import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,11 @@ def expert_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
 def continues(model: PreTrainedModel) -> bool:
     """Whether several tokens at once may follow a context that is not empty."""
     return model.config.get_text_config().model_type not in _CANNOT_CONTINUE
+
+
+def keeps_few_logits(model: PreTrainedModel) -> bool:
+    """Whether the model's forward can be told to compute the last logits only."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def top_k(model: PreTrainedModel, path: str) -> int:

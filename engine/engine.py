@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tierrun.engine.context import CpuContext
 from tierrun.engine.defaults import ModelDefaults
 from tierrun.engine.experts import ExpertsHook
 from tierrun.engine.kernels.cpu import CpuKernels
@@ -98,7 +99,14 @@ class Engine:
 
     def session(self) -> Session:
         """An empty context."""
-        return Session(self.model, self.hook, self.ledger, self.context, self.options.ubatch)
+        return Session(
+            self.model,
+            CpuContext(self.model),
+            self.hook,
+            self.ledger,
+            self.context,
+            self.options.ubatch,
+        )
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """The logits after each of `token_ids` in a context of their own, fp32 [T, vocab].

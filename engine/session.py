@@ -4,17 +4,16 @@
 experts hook), choose, account.
 """
 
-import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tierrun.engine.architecture import continues
-from tierrun.engine.experts import ExpertsHook
+from tierrun.engine.context import Context
 from tierrun.engine.sampling import Chooser
 from tierrun.io.errors import ModelError, UsageError
 from tierrun.tiers.ledger import Counters, Ledger
@@ -31,27 +30,34 @@ class StepFigures:
     counters: Counters
 
 
+class ForwardHook(Protocol):
+    """Told when a forward pass begins and that it is over."""
+
+    def start_forward(self) -> None: ...
+
+    def end_forward(self, tokens: int) -> None: ...
+
+
 class Session:
-    """One sequence of tokens in one model's context of `context` tokens."""
+    """One sequence of tokens in one model's context of `capacity` tokens."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        hook: ExpertsHook,
+        context: Context,
+        hook: ForwardHook,
         ledger: Ledger,
-        context: int,
+        capacity: int,
         ubatch: int,
     ) -> None:
-        self._model, self._hook, self._ledger = model, hook, ledger
-        self._context, self._ubatch = context, ubatch
-        self._few_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._model, self._context, self._hook, self._ledger = model, context, hook, ledger
+        self._capacity, self._ubatch = capacity, ubatch
         self._continues = continues(model)
-        self._cache: Cache | None = None
         self.tokens: list[int] = []
 
     def reset(self) -> None:
         """Forget the context."""
-        self._cache = None
+        self._context.reset()
         self.tokens = []
 
     def shared(self, tokens: Sequence[int]) -> int:
@@ -107,9 +113,9 @@ class Session:
         vocabulary = self._model.config.get_text_config().vocab_size
         if not (0 <= min(tokens) and max(tokens) < vocabulary):
             raise UsageError(f"token ids must lie in 0 … {vocabulary - 1}, the model's vocabulary")
-        if known + len(tokens) > self._context:
+        if known + len(tokens) > self._capacity:
             raise UsageError(
-                f"{known + len(tokens)} tokens do not fit a context of {self._context}; raise "
+                f"{known + len(tokens)} tokens do not fit a context of {self._capacity}; raise "
                 "-c/--ctx-size, or shorten the prompt"
             )
 
@@ -122,7 +128,7 @@ class Session:
         """
         token, figures = self._measured(lambda: self._choose(self.extend_to(prompt), chooser))
         for i in range(count):
-            last = i + 1 == count or len(self.tokens) == self._context
+            last = i + 1 == count or len(self.tokens) == self._capacity
             yield token, figures, last
             if last:
                 return
@@ -145,24 +151,14 @@ class Session:
         return token, StepFigures(seconds, self._ledger.snapshot() - before)
 
     def _forward(self, tokens: Sequence[int], *, last_only: bool) -> torch.Tensor:
-        keep = {"logits_to_keep": 1} if last_only and self._few_logits else {}
-        forward: Callable[..., Any] = self._model
         self._hook.start_forward()
         try:
-            with torch.inference_mode():
-                output = forward(
-                    input_ids=torch.tensor([list(tokens)]),
-                    past_key_values=self._cache,
-                    use_cache=True,
-                    **keep,
-                )
+            logits = self._context.forward(tokens, last_only=last_only)
         except BaseException:
-            self.reset()  # some layers have the new tokens in their cache, some do not
+            self.reset()
             raise
         self._hook.end_forward(len(tokens))
-        self._cache = output.past_key_values
         self.tokens += tokens
-        logits: torch.Tensor = output.logits[0].float()
         _check_finite(logits, self._model)
         return logits
 
