@@ -11,10 +11,11 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import typer
 from rich.console import Console
 
@@ -84,8 +85,7 @@ def _commit() -> str:
     """The commit of the checkout that this module lies in; `+` where it has changes."""
     here = Path(__file__).resolve().parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=12"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    return run.stdout.strip() if run.returncode == 0 else "unknown"
+    return _output(command) or "unknown"
 
 
 def _machine() -> dict[str, Any]:
@@ -95,8 +95,37 @@ def _machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
+        **(_gpu() if torch.cuda.is_available() else {}),
     }
+
+
+def _gpu() -> dict[str, Any]:
+    """The GPUs, as their driver describes them, and what programs them."""
+    fields = "name,driver_version,memory.total,pcie.link.gen.max,pcie.link.width.max,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    return {
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory,
+        "nvidia_smi": _output(command).splitlines(),
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+    }
+
+
+def _output(command: Sequence[str]) -> str:
+    """What `command` prints; nothing where it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _cpu_model() -> str:

@@ -13,6 +13,10 @@ _UNBOUNDED = 1 << 20
 """The context of a model that names no longest one (state-space models)."""
 
 
+_GPU_CONTEXT = 8192
+"""The context on a GPU where none was asked for."""
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
@@ -49,15 +53,17 @@ class ModelDefaults:
                 return frozenset(source if isinstance(source, list) else [source])
         return frozenset()
 
-    def context(self, asked: int) -> int:
-        """Tokens of context: `asked`, or the model's longest for 0.
+    def context(self, asked: int, *, on_gpu: bool = False) -> int:
+        """Tokens of context: `asked`, or for 0 the model's longest.
+
+        On a GPU, where the cache is allocated at once, 0 is no more than 8192.
 
         Raises:
             UsageError: longer than the model's.
         """
         longest = getattr(self._config, "max_position_embeddings", None)
         if longest is None:
-            return asked or _UNBOUNDED
+            return asked or (_GPU_CONTEXT if on_gpu else _UNBOUNDED)
         if asked > longest:
             raise UsageError(f"-c/--ctx-size {asked}: this model's context ends at {longest}")
-        return asked or int(longest)
+        return asked or min(int(longest), _GPU_CONTEXT if on_gpu else int(longest))

@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 
-from tierrun.engine.context import CpuContext
+from tierrun.engine.architecture import read_config
+from tierrun.engine.backend import Backend, HostBackend
 from tierrun.engine.defaults import ModelDefaults
-from tierrun.engine.experts import ExpertsHook
-from tierrun.engine.kernels.cpu import CpuKernels
-from tierrun.engine.lookahead import Lookahead
-from tierrun.engine.model import load_model
+from tierrun.engine.devices import choose_device
 from tierrun.engine.options import Options
 from tierrun.engine.resident import ResidentWeights
 from tierrun.engine.sampling import Chooser, FixedTokens, Sampler, Sampling
@@ -22,15 +20,8 @@ from tierrun.engine.session import Session
 from tierrun.engine.text import TextStream, encode, load_tokenizer
 from tierrun.engine.tokens import TokenRecord, token_records
 from tierrun.io.errors import UsageError
-from tierrun.io.reader import choose_reader, open_reader
-from tierrun.io.reads import ReadQueue
-from tierrun.io.store import Store
-from tierrun.tiers.budget import resolve_ram, resolve_vram
+from tierrun.io.store import ExpertKey, Store
 from tierrun.tiers.ledger import Counters, Ledger
-from tierrun.tiers.placement import Placement
-from tierrun.tiers.policy import make_policy
-from tierrun.tiers.residency import Residency
-from tierrun.tiers.setup import make_tiers, prefill_window
 from tierrun.tiers.usage import UsageFile
 
 log = logging.getLogger(__name__)
@@ -60,53 +51,54 @@ class Engine:
     """
 
     def __init__(self, store: Store, options: Options) -> None:
-        torch.set_num_threads(options.num_threads)
         self.store, self.options, self.ledger = store, options, Ledger()
-        self._weights = ResidentWeights(store)
-        vram = resolve_vram(options.vram, options.device)
-        ram = resolve_ram(options.ram, self._weights.nbytes + vram.nbytes)
-        hot, warm = make_tiers(store.manifest, vram, ram)
-        policy = make_policy(options.policy, store.manifest.num_experts)
-        reader = _choose_reader(store, options)
-        self._weights.verify()
-        self._kernels = CpuKernels()
-        self.model = load_model(store, self._weights, self._kernels)
+        self.device, reason = choose_device(options.device)
+        log.info("device: %s (%s)", self.device, reason)
+        weights = ResidentWeights(store)
+        self._resident_bytes = weights.nbytes
         self.tokenizer = load_tokenizer(store.model_dir)
-        self.defaults = ModelDefaults(store.model_dir, self.model.config, self.tokenizer)
-        self.context = self.defaults.context(options.context)
-        self.queue = ReadQueue(
-            store, open_reader(reader, store.shard_paths, options.depth), options.depth
-        )
-        self.residency = Residency(
-            Placement(store.manifest, hot, warm, policy, self.queue, self.ledger)
-        )
-        self.hook = self._hook()
+        config = read_config(store.model_dir)
+        self.defaults = ModelDefaults(store.model_dir, config, self.tokenizer)
+        self.context = self.defaults.context(options.context, on_gpu=self.device.type == "cuda")
+        self.backend = self._make_backend(weights)
+        self.model, self.hook = self.backend.model, self.backend.hook
+        self.residency, self.queue = self.backend.residency, self.backend.queue
         self._usage = UsageFile(store.roots[0], store.manifest)
         self._closed = False
         self._last_stats: EngineStats | None = None
 
-    def _hook(self) -> ExpertsHook:
-        landing = self.residency.placement.landing
-        return ExpertsHook(
-            self.model,
-            self.store.manifest,
-            self.residency,
-            self._kernels,
-            self.ledger,
-            Lookahead(self.model) if self.options.lookahead else None,
-            prefill_window(self.store, landing, self.options.depth),
-        )
+    def _make_backend(self, weights: ResidentWeights) -> Backend:
+        if self.device.type == "cpu":
+            return HostBackend(self.store, weights, self.options, self.ledger)
+        from tierrun.engine.gpu.backend import GpuBackend
+
+        return GpuBackend(self.store, weights, self.options, self.ledger, self.device, self.context)
 
     def session(self) -> Session:
         """An empty context."""
         return Session(
             self.model,
-            CpuContext(self.model),
+            self.backend.context(),
             self.hook,
             self.ledger,
             self.context,
             self.options.ubatch,
         )
+
+    def warm_up(self) -> None:
+        """Fill the GPU's hot tier now, most used experts first (by the store's usage file).
+
+        Raises:
+            UsageError: there is no GPU.
+        """
+        counts = self._usage.read()
+        keys = [ExpertKey(layer, e) for layer, row in enumerate(counts) for e in range(len(row))]
+        keys.sort(key=lambda key: -counts[key.layer][key.expert])
+        self.backend.warm_up(keys)
+
+    def check_integrity(self) -> None:
+        """Every tier's books agree; for tests and soaks, between tokens."""
+        self.backend.check_integrity()
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """The logits after each of `token_ids` in a context of their own, fp32 [T, vocab].
@@ -158,12 +150,12 @@ class Engine:
         """Totals since loading; after `close`, the last ones."""
         if self._last_stats is not None:
             return self._last_stats
-        placement, queue = self.residency.placement, self.queue.figures()
+        queue = self.queue.figures()
         return EngineStats(
             counters=self.ledger.snapshot(),
-            hot_bytes=placement.hot.slab.nbytes,
-            warm_bytes=placement.warm.slab.nbytes,
-            resident_bytes=self._weights.nbytes,
+            hot_bytes=self.backend.hot_bytes,
+            warm_bytes=self.backend.warm_bytes,
+            resident_bytes=self._resident_bytes,
             reader=self.queue.reader_name,
             read_seconds=queue.busy_seconds,
             mean_depth=queue.mean_depth,
@@ -182,9 +174,9 @@ class Engine:
         if self._closed:
             return
         self._closed, self._last_stats = True, self.stats()
-        self.queue.close()
+        self.backend.close()
         self.save_usage()
-        del self.model, self.hook, self.residency, self._weights
+        del self.model, self.hook, self.residency, self.backend
 
     def __enter__(self) -> "Engine":
         return self
@@ -211,10 +203,3 @@ def load(nvme_dir: str | Path | Sequence[str | Path], **options: Any) -> Engine:
     """
     directories = [nvme_dir] if isinstance(nvme_dir, str | Path) else list(nvme_dir)
     return Engine(Store.open(directories), Options(**options))
-
-
-def _choose_reader(store: Store, options: Options) -> str:
-    choice = choose_reader(options.io, store.shard_paths, options.strict)
-    level = logging.WARNING if choice.fallback else logging.INFO
-    log.log(level, "reads: %s (%s)", choice.name, choice.reason)
-    return choice.name

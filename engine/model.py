@@ -6,7 +6,7 @@ the small rest (norms, routers, convolutions) is widened to fp32, in which the C
 
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -31,15 +31,25 @@ _WIDENED_WORTH_SAYING = 64 << 20
 _Tensor = TypeVar("_Tensor", bound=torch.Tensor)
 
 
-def load_model(store: Store, weights: ResidentWeights, kernels: CpuKernels) -> PreTrainedModel:
+def load_model(
+    store: Store,
+    weights: ResidentWeights,
+    kernels: CpuKernels,
+    *,
+    experts: str = EXPERTS_IMPLEMENTATION,
+    attention: str | None = None,
+) -> PreTrainedModel:
     """The causal language model of `store`, ready to run once its experts are hooked.
+
+    `experts` and `attention` are names in transformers' interfaces (None: its own choice).
 
     Raises:
         StoreError: a weight that the architecture needs is not in the store.
         ModelError: transformers cannot build the architecture.
     """
     config = read_config(store.model_dir)
-    model = build_meta(config, experts_implementation=EXPERTS_IMPLEMENTATION)
+    given: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    model = build_meta(config, experts_implementation=experts, **given)
     _check_layers(model, store)
     for module in experts_modules(model).values():
         for parameter in expert_parameters(module).values():

@@ -6,19 +6,24 @@ from dataclasses import dataclass
 from tierrun.io.errors import UsageError
 from tierrun.io.reads import DEFAULT_DEPTH
 
+COMPILE = ("auto", "on", "off")
+"""`auto` compiles where an earlier `on` has left its results on disk."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """The defaults of the command line's flags too.
 
-    `context` 0 means the model's own maximum; `threads` 0 all cores but one, which is left to the
-    reads; `depth` is reads in flight per directory, in parts of records.
+    `device` is `auto`, `cpu`, `cuda` or `cuda:N`. `context` 0 means the model's own maximum (on a
+    GPU at most 8192); `threads` 0 all cores but one, which is left to the reads; `depth` is reads
+    in flight per directory, in parts of records. `exact` fixes every kernel, so that logits are
+    the same bits whatever the budgets; `compile` and `graphs` concern the GPU's decode.
 
     Raises:
         UsageError: a value out of range.
     """
 
-    device: str = "cpu"
+    device: str = "auto"
     vram: str = "auto"
     ram: str = "auto"
     io: str = "auto"
@@ -29,6 +34,9 @@ class Options:
     threads: int = 0
     depth: int = DEFAULT_DEPTH
     strict: bool = False
+    exact: bool = False
+    compile: str = "auto"
+    graphs: bool = True
 
     @property
     def num_threads(self) -> int:
@@ -37,8 +45,10 @@ class Options:
         return self.threads or max(1, len(os.sched_getaffinity(0)) - 1)
 
     def __post_init__(self) -> None:
-        if self.device != "cpu":
-            raise UsageError(f"--device {self.device}: only cpu is supported in this version")
+        if self.compile not in COMPILE:
+            raise UsageError(f"--compile {self.compile}: choose {', '.join(COMPILE)}")
+        if self.exact and self.compile == "on":
+            raise UsageError("--exact and --compile on exclude each other: compiling changes bits")
         for name, value, least in (
             ("-c/--ctx-size", self.context, 0),
             ("-ub/--ubatch-size", self.ubatch, 1),

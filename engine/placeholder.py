@@ -28,9 +28,9 @@ class Placeholder(torch.Tensor):
     stored: Weight
 
     @staticmethod
-    def of(stored: Weight) -> torch.nn.Parameter:
-        """A parameter that stands for `stored`."""
-        shape: torch.Tensor = torch.full((), float("nan")).expand(stored.shape)
+    def of(stored: Weight, device: torch.device | None = None) -> torch.nn.Parameter:
+        """A parameter that stands for `stored`, on `device` (default: the CPU)."""
+        shape: torch.Tensor = torch.full((), float("nan"), device=device).expand(stored.shape)
         parameter = torch.nn.Parameter(shape.as_subclass(Placeholder), requires_grad=False)
         parameter.stored = stored  # type: ignore[attr-defined]
         return parameter
@@ -52,4 +52,6 @@ class Placeholder(torch.Tensor):
 
 
 def _widened(value: Any) -> Any:
-    return widened(value.stored) if isinstance(value, Placeholder) else value
+    if not isinstance(value, Placeholder):
+        return value
+    return widened(value.stored).to(value.device)

@@ -5,20 +5,35 @@ class between the module's own and torch's answers the inner `forward`. The `wei
 placeholder without memory (`tierrun.engine.placeholder`).
 """
 
+from typing import Any, Protocol
+
 import torch
 from torch import nn
 
-from tierrun.engine.codecs.packed import Packed
 from tierrun.engine.codecs.weight import Weight
-from tierrun.engine.kernels.cpu import CpuKernels
 from tierrun.engine.placeholder import Placeholder
+
+
+class Kernels(Protocol):
+    """Products with weights as they are stored, on one device; in and out are fp32.
+
+    `weight` is what the device's kernels take: a `Weight` on the CPU.
+    """
+
+    def linear(
+        self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`x` [n, in] times `weight` [out, in], transposed: [n, out]."""
+
+    def embedding(self, ids: torch.Tensor, weight: Any) -> torch.Tensor:
+        """The rows `ids` [n] of `weight` [rows, dim]: [n, dim]."""
 
 
 class StoredLinear(nn.Linear):
     """`nn.Linear` over `stored` [out, in] in any dtype or codec; input and output fp32."""
 
-    stored: Weight
-    kernels: CpuKernels
+    stored: Any
+    kernels: Kernels
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's name)
         rows = input.reshape(-1, input.shape[-1])
@@ -29,13 +44,11 @@ class StoredLinear(nn.Linear):
 class StoredEmbedding(nn.Embedding):
     """`nn.Embedding` over `stored` [rows, dim] in any dtype or codec; output fp32."""
 
-    stored: Weight
-    kernels: CpuKernels
+    stored: Any
+    kernels: Kernels
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's name)
-        if isinstance(self.stored, Packed):
-            return self.stored.rows(input.flatten()).view(*input.shape, -1)
-        return nn.functional.embedding(input, self.stored).to(torch.float32)
+        return self.kernels.embedding(input.flatten(), self.stored).view(*input.shape, -1)
 
 
 def can_store(module: nn.Module) -> bool:
@@ -51,7 +64,7 @@ def can_store(module: nn.Module) -> bool:
     return all("__class__" in forward.__code__.co_freevars for forward in own)
 
 
-def store_back(module: nn.Module, stored: Weight, kernels: CpuKernels) -> nn.Parameter:
+def store_back(module: nn.Module, stored: Weight, kernels: Kernels) -> nn.Parameter:
     """Make `module` (for which `can_store`) compute with `stored`; returns its placeholder."""
     # The class is changed in place, as quantisation libraries do, because parents hold references.
     module.__class__ = _stored_class(type(module))

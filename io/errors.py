@@ -9,6 +9,7 @@
     ├── ReadError                the operating system failed a read, twice
     ├── CheckpointError          a source that cannot be converted
     ├── DiskFullError            a target without room; says needed and free
+    ├── DeviceError              the GPU is absent, too old, lost, or out of memory
     └── ModelError               an architecture that cannot be run
 
 Messages say what was wrong, where, and what to do about it, in one line.
@@ -60,6 +61,10 @@ class CheckpointError(TierrunError):
 
 class DiskFullError(TierrunError):
     """The target directory has no room; what was written stays and is continued."""
+
+
+class DeviceError(TierrunError):
+    """The compute device cannot be used, or stopped working; the store is untouched."""
 
 
 class ModelError(TierrunError):

@@ -1,13 +1,18 @@
 """Fixtures for everything: a store made by hand, directories on disk and in memory."""
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from tests.fakes import TinyStore, tiny_store
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU
 
 settings.register_profile(
     "tierrun",

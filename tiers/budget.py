@@ -21,6 +21,13 @@ _AUTO_SHARE = 0.8
 _RUNTIME_BYTES = 1 << 30
 """What `auto` leaves for the interpreter, torch, the KV cache and the workspace."""
 
+_WORKSPACE_BYTES = 512 << 20
+"""Activations of a prefill, the libraries' own buffers, captured graphs."""
+
+_LEAST_RESERVE = 512 << 20
+_RESERVE_SHARE = 0.03
+"""What `auto` leaves free on a GPU: for fragmentation, and for others."""
+
 
 class Budget(NamedTuple):
     """Bytes for one tier, and how that number came about."""
@@ -35,6 +42,29 @@ class HostMemory(NamedTuple):
     total: int
     free: int
     limit: str
+
+
+class DeviceFigures(NamedTuple):
+    """The memory of a GPU: `total` and `free` bytes, and its name."""
+
+    total: int
+    free: int
+    name: str
+
+
+class DeviceNeeds(NamedTuple):
+    """What else will be in a GPU's memory: bytes yet to be allocated."""
+
+    resident_bytes: int
+    kv_bytes: int
+    workspace_bytes: int = _WORKSPACE_BYTES
+
+    def __str__(self) -> str:
+        return (
+            f"{format_bytes(self.resident_bytes)} of resident weights, "
+            f"{format_bytes(self.kv_bytes)} of KV cache, "
+            f"{format_bytes(self.workspace_bytes)} of workspace"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +110,31 @@ def resolve_vram(text: str, device: str) -> Budget:
         return Budget(0, f"auto: device {device} has no memory of its own")
     memory = host_memory()
     return _explicit(text, memory.total, memory.limit)
+
+
+def resolve_device_vram(text: str, memory: DeviceFigures, needs: DeviceNeeds) -> Budget:
+    """Bytes of a GPU's memory for experts, beside what else it `needs`.
+
+    `auto` takes what is free but for a reserve; a percentage is of all its memory.
+
+    Raises:
+        UsageError: not a budget.
+        BudgetError: more than is free.
+    """
+    free = max(0, memory.free - sum(needs))
+    said = f"{format_bytes(memory.free)} of {format_bytes(memory.total)} free on {memory.name}"
+    if text == "auto":
+        reserve = max(_LEAST_RESERVE, int(_RESERVE_SHARE * memory.total))
+        reason = f"auto: {said}, less {needs}, {format_bytes(reserve)} of reserve"
+        return Budget(max(0, free - reserve), reason)
+    budget = _explicit(text, memory.total, memory.name)
+    if budget.nbytes > free:
+        raise BudgetError(
+            f"--vram {text}: {format_bytes(budget.nbytes)} are more than the "
+            f"{format_bytes(free)} that are left ({said}, less {needs}); "
+            f"ask for at most {free} bytes, or for a smaller context (-c)"
+        )
+    return budget
 
 
 def _explicit(text: str, total: int, limit: str) -> Budget:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tierrun.io.reads import ReadQueue
 from tierrun.io.store import ExpertKey, Manifest
@@ -54,9 +55,12 @@ class Placement:
         self.landing = warm if warm.num_slots else hot
         self.policy, self.queue, self.ledger = policy, queue, ledger
         self.class_of_layer = [layer.record_class for layer in manifest.layers]
+        self.top_k = [layer.top_k for layer in manifest.layers]
         sizes = [len(layer.records) for layer in manifest.layers]
         self.first = np.cumsum([0, *sizes]).astype(np.int64)
         self.homes: dict[int, Home] = {}
+        self.backed: NDArray[np.bool_] | None = None
+        """Over experts: what a cache above these tiers holds, so that nothing is lost here."""
         self.step = 0
         self._spare = torch.empty(max(c.nbytes for c in manifest.classes), dtype=torch.uint8)
 
@@ -89,17 +93,41 @@ class Placement:
         slot = self.victim(self.landing, record_class, unproven_only=unproven_only)
         if slot is None:
             return False
-        del self.homes[int(self.landing.owner[slot])]
-        self.landing.give(slot)
+        self.vacate(slot)
         return True
 
+    def vacate(self, slot: int) -> None:
+        """Free a landing slot: its expert is not here any more."""
+        del self.homes[int(self.landing.owner[slot])]
+        self.landing.give(slot)
+
+    def arrive(self, slot: int) -> None:
+        """A landing slot that a copy has filled becomes READY, and its expert's home.
+
+        Until then nobody finds it; where the expert was read meanwhile, it is free again.
+        """
+        index = int(self.landing.owner[slot])
+        if index in self.homes:
+            self.landing.give(slot)
+            return
+        self.landing.state[slot] = SlotState.READY
+        self.homes[index] = Home(self.landing, slot)
+
     def victim(self, tier: Tier, record_class: int, *, unproven_only: bool = False) -> int | None:
-        """The slot of `tier` to reuse next: READY, unleased, unproven before proven."""
-        slots = tier.evictable(record_class, unproven_only=True)
-        if len(slots) == 0 and not unproven_only:
-            slots = tier.evictable(record_class)
-        if len(slots) == 0:
-            return None
+        """The slot of `tier` to reuse next: READY, unleased, unproven before proven.
+
+        Before both, what the cache above holds: it is of no use here, proven or not.
+        """
+        slots = tier.evictable(record_class)
+        for preferred in (self._backed(tier, slots), slots[~tier.proven[slots]]):
+            if len(preferred):
+                return self._least(tier, preferred)
+        return None if unproven_only or len(slots) == 0 else self._least(tier, slots)
+
+    def _backed(self, tier: Tier, slots: Experts) -> Experts:
+        return slots[:0] if self.backed is None else slots[self.backed[tier.owner[slots]]]
+
+    def _least(self, tier: Tier, slots: Experts) -> int:
         worth = self.policy.worth(tier.owner[slots], self.step)
         return int(slots[np.argmin(worth)])
 
@@ -168,8 +196,7 @@ class Placement:
             self.landing.state[slot] = SlotState.READY
             self.ledger.counters.read_bytes += len(ticket.into)
         else:
-            del self.homes[int(self.landing.owner[slot])]
-            self.landing.give(slot)
+            self.vacate(slot)
 
     # -- moving between tiers -------------------------------------------------------------------
 

@@ -1,16 +1,34 @@
 """The tiers of an engine, within their budgets."""
 
 import logging
+from typing import NamedTuple
+
+import torch
 
 from tierrun.io.errors import BudgetError
 from tierrun.io.extent import format_bytes
 from tierrun.io.reads import PART_BYTES
 from tierrun.io.store import Manifest, Store
-from tierrun.tiers.budget import Budget, TierPlan, host_memory, plan_tier
+from tierrun.tiers.budget import Budget, DeviceFigures, TierPlan, host_memory, plan_tier
+from tierrun.tiers.memory import DeviceMemory, Memory, OrdinaryMemory, PinnedMemory
 from tierrun.tiers.slab import Slab
 from tierrun.tiers.tier import Tier
 
 log = logging.getLogger(__name__)
+
+_DEVICE_CHUNKS = 8
+"""Pieces of a device's slab that can be given back one by one."""
+
+
+class DeviceTiers(NamedTuple):
+    """The tiers of an engine on a GPU: `hot` in VRAM, `warm` in pinned memory where reads land.
+
+    `none` is the empty hot tier of the residency below.
+    """
+
+    hot: Tier
+    warm: Tier
+    none: Tier
 
 
 def make_tiers(manifest: Manifest, vram: Budget, ram: Budget) -> tuple[Tier, Tier]:
@@ -29,7 +47,40 @@ def make_tiers(manifest: Manifest, vram: Budget, ram: Budget) -> tuple[Tier, Tie
             f"--vram and --ram take {format_bytes(hot.nbytes + warm.nbytes)} together, this "
             f"process may use {format_bytes(memory.total)} ({memory.limit})"
         )
-    return _make_tier("hot", manifest, vram, hot), _make_tier("warm", manifest, ram, warm)
+    ordinary = OrdinaryMemory()
+    return (
+        _make_tier("hot", manifest, vram, hot, ordinary),
+        _make_tier("warm", manifest, ram, warm, ordinary),
+    )
+
+
+def make_device_tiers(
+    manifest: Manifest, vram: Budget, ram: Budget, device: torch.device, *, strict: bool
+) -> DeviceTiers:
+    """The tiers for `device`; says what each took and why.
+
+    Raises:
+        BudgetError: one cannot hold a layer's top-k and one more, with the flag and what works, or
+            is refused.
+        UsageError: with `strict`, the warm tier cannot be pinned.
+    """
+    hot = _plan("--vram", manifest, vram, landing=True)
+    warm = _plan("--ram, in which reads land", manifest, ram, landing=True)
+    on_gpu = device.type == "cuda"
+    pinned = PinnedMemory(device, strict=strict) if on_gpu else OrdinaryMemory()
+    nothing = TierPlan(hot.extent_bytes, ())
+    return DeviceTiers(
+        _make_tier("hot", manifest, vram, hot, DeviceMemory(device), _DEVICE_CHUNKS),
+        _make_tier("warm", manifest, ram, warm, pinned),
+        _make_tier("none", manifest, Budget(0, ""), nothing, OrdinaryMemory()),
+    )
+
+
+def device_figures(device: torch.device) -> DeviceFigures:
+    """What a GPU has and what is free on it now, unused parts of torch's allocator included."""
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return DeviceFigures(total, free + cached, torch.cuda.get_device_name(device))
 
 
 def _plan(flag: str, manifest: Manifest, budget: Budget, *, landing: bool) -> TierPlan:
@@ -39,8 +90,15 @@ def _plan(flag: str, manifest: Manifest, budget: Budget, *, landing: bool) -> Ti
         raise BudgetError(f"{flag}: {error} (this one: {budget.reason})") from None
 
 
-def _make_tier(name: str, manifest: Manifest, budget: Budget, plan: TierPlan) -> Tier:
-    slab = Slab(len(plan.extent_classes), plan.extent_bytes)
+def _make_tier(
+    name: str,
+    manifest: Manifest,
+    budget: Budget,
+    plan: TierPlan,
+    memory: Memory,
+    num_chunks: int = 1,
+) -> Tier:
+    slab = Slab(len(plan.extent_classes), plan.extent_bytes, memory, num_chunks)
     tier = Tier(name, slab, tuple(c.nbytes for c in manifest.classes))
     for extent, record_class in enumerate(plan.extent_classes):
         tier.assign(extent, record_class)

@@ -1,55 +1,84 @@
 """A tier's memory: allocated once, divided into fixed extents.
 
 Extents are what an arbiter can hand between record classes (and, later, the KV cache); nothing is
-ever allocated or freed after start, since pinned memory must not churn.
+allocated after start, since pinned memory must not churn. A device's slab is several chunks, each
+an allocation of its own, so that one can be given back when the device runs out of memory.
 """
-
-import mmap
 
 import torch
 
-from tierrun.io.errors import BudgetError
-from tierrun.io.extent import PAGE, format_bytes
+from tierrun.io.extent import PAGE
+from tierrun.tiers.memory import Memory, OrdinaryMemory
 
-_HUGE_PAGE = 2 << 20
+_HOST = OrdinaryMemory()
 
 
 class Slab:
-    """`num_extents` extents of `extent_bytes` each, page-aligned, in host memory.
+    """`num_extents` extents of `extent_bytes` each, page-aligned, in at most `num_chunks` chunks.
 
-    With `pinned`, page-locked memory of CUDA, so that copies to the device run asynchronously.
     The one owner of these bytes: everybody else gets views.
     """
 
-    def __init__(self, num_extents: int, extent_bytes: int, pinned: bool = False) -> None:
+    def __init__(
+        self, num_extents: int, extent_bytes: int, memory: Memory = _HOST, num_chunks: int = 1
+    ) -> None:
         assert extent_bytes % PAGE == 0, f"extent of {extent_bytes} bytes is not page-aligned"
         self.num_extents, self.extent_bytes = num_extents, extent_bytes
-        self.nbytes = num_extents * extent_bytes
-        self._bytes = _allocate(self.nbytes, pinned)
+        self._memory = memory
+        self._per_chunk = max(1, -(-num_extents // num_chunks))
+        self._chunks: dict[int, torch.Tensor] = {}
+        for number, first in enumerate(range(0, max(1, num_extents), self._per_chunk)):
+            extents = min(self._per_chunk, num_extents - first)
+            self._chunks[number] = memory.allocate(extents * extent_bytes)
+        # The lowest address, so that every offset from it is positive.
+        self._base = min(self._chunks, key=lambda number: self._chunks[number].data_ptr())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(chunk) for chunk in self._chunks.values())
+
+    @property
+    def base(self) -> torch.Tensor:
+        """The chunk that offsets count from; never dropped."""
+        return self._chunks[self._base]
+
+    @property
+    def droppable(self) -> list[int]:
+        """The numbers of the chunks that can be dropped."""
+        return [number for number in self._chunks if number != self._base]
 
     def view(self, extent: int, offset: int, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes], `offset` bytes into extent number `extent`."""
         assert 0 <= extent < self.num_extents and offset + nbytes <= self.extent_bytes
-        start = extent * self.extent_bytes + offset
-        return self._bytes[start : start + nbytes]
+        number, place = divmod(extent, self._per_chunk)
+        start = place * self.extent_bytes + offset
+        return self._chunks[number][start : start + nbytes]
+
+    def offset(self, view: torch.Tensor) -> int:
+        """Where `view` begins, in bytes from the beginning of `base`."""
+        return view.data_ptr() - self.base.data_ptr()
+
+    def extents_of(self, chunk: int) -> range:
+        """The extents in chunk number `chunk`."""
+        first = chunk * self._per_chunk
+        return range(first, min(first + self._per_chunk, self.num_extents))
+
+    def drop(self, chunk: int) -> int:
+        """Let go of a chunk for good, and of its extents; the bytes that were in it.
+
+        It is free once nobody holds a view of it; no copy or kernel may be using it.
+        """
+        assert chunk != self._base, "offsets count from this chunk"
+        memory = self._chunks.pop(chunk)
+        self._memory.release(memory)
+        return len(memory)
+
+    def release(self) -> None:
+        """Unlock what is locked; nothing may be copied from or to here any more."""
+        for chunk in self._chunks.values():
+            self._memory.release(chunk)
 
 
 def host_bytes(view: torch.Tensor) -> memoryview:
     """The memory of a host uint8 tensor, for readers to fill."""
     return view.numpy().data
-
-
-def _allocate(nbytes: int, pinned: bool) -> torch.Tensor:
-    if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    if pinned:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    # Private, because huge pages are not given to shared anonymous memory, Python's default; into
-    # scattered small pages a drive reads at a third of its speed (measured: bench/reads.py).
-    try:
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise BudgetError(f"{format_bytes(nbytes)} of memory are refused ({error})") from None
-    if nbytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)

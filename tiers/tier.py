@@ -13,11 +13,15 @@ NOBODY = -1
 
 
 class SlotState(IntEnum):
-    """FREE → FILLING → READY → FREE; only READY slots are read, only unleased ones evicted."""
+    """FREE → FILLING → READY → FREE; only READY slots are read, only unleased ones evicted.
+
+    A RETIRED slot has no memory any more.
+    """
 
     FREE = 0
     FILLING = 1
     READY = 2
+    RETIRED = 3
 
 
 class Tier:
@@ -55,9 +59,21 @@ class Tier:
         self.proven = np.append(self.proven, np.zeros(count, np.bool_))
         self.record_class = np.append(self.record_class, np.full(count, record_class, np.int16))
 
+    def slots_in(self, extent: int) -> list[int]:
+        """The slots that were cut from `extent`."""
+        return [slot for slot, its in enumerate(self._extent_of) if its == extent]
+
+    def retire(self, extent: int) -> None:
+        """Let go of the memory of an extent's slots, which are FREE, and never use them again."""
+        for slot in self.slots_in(extent):
+            assert self.state[slot] == SlotState.FREE, f"slot {slot} of {self.name} is in use"
+            self._free[int(self.record_class[slot])].remove(slot)
+            self.state[slot], self.record_class[slot] = SlotState.RETIRED, NOBODY
+            self._views[slot] = torch.empty(0, dtype=torch.uint8)
+
     @property
     def num_slots(self) -> int:
-        return len(self._views)
+        return int((self.state != SlotState.RETIRED).sum())
 
     def num_slots_of(self, record_class: int) -> int:
         return int((self.record_class == record_class).sum())
@@ -66,7 +82,7 @@ class Tier:
         return len(self._free[record_class])
 
     def memory(self, slot: int) -> torch.Tensor:
-        """uint8 view of the slot's bytes; stays valid as long as the tier."""
+        """uint8 view of the slot's bytes; stays valid until the slot is retired."""
         return self._views[slot]
 
     def take(self, record_class: int, owner: int, *, proven: bool) -> int | None:
@@ -98,7 +114,7 @@ class Tier:
         free = sorted(slot for slots in self._free for slot in slots)
         assert free == np.flatnonzero(self.state == SlotState.FREE).tolist(), "free list differs"
         assert (self.owner[free] == NOBODY).all(), "a free slot has an owner"
-        held = self.owner[self.state != SlotState.FREE]
+        held = self.owner[(self.state == SlotState.FILLING) | (self.state == SlotState.READY)]
         assert len(set(held.tolist())) == len(held) and (held >= 0).all(), (
             "an owner holds two slots"
         )

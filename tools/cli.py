@@ -91,7 +91,9 @@ def run(
         str | None,
         typer.Option("--fixed-tokens", help="Token ids fed instead of sampled ones (benchmarks)."),
     ] = None,
-    device: Annotated[str, typer.Option("--device", envvar="TIERRUN_DEVICE")] = (_DEFAULT.device),
+    device: Annotated[
+        str, typer.Option("--device", envvar="TIERRUN_DEVICE", help="auto, cpu, cuda, cuda:N.")
+    ] = _DEFAULT.device,
     vram: Annotated[
         str,
         typer.Option("--vram", envvar="TIERRUN_VRAM", help="Hot tier: auto, 0, 8GiB, 50%."),
@@ -111,8 +113,17 @@ def run(
     depth: Annotated[
         int, typer.Option("--depth", help="Reads in flight per directory.")
     ] = _DEFAULT.depth,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="The same bits for any budget: fixed kernels.")
+    ] = False,
+    compile_: Annotated[
+        str, typer.Option("--compile", help="torch.compile on the GPU: auto, on, off.")
+    ] = _DEFAULT.compile,
+    graphs: Annotated[
+        str, typer.Option("--graphs", help="CUDA graphs for decode: on, off.")
+    ] = "on",
     strict: Annotated[
-        bool, typer.Option("--strict", help="Fail where --io cannot be done as asked.")
+        bool, typer.Option("--strict", help="Fail where something cannot be done as asked.")
     ] = False,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -139,6 +150,9 @@ def run(
         ubatch=ubatch,
         threads=threads,
         depth=depth,
+        exact=exact,
+        compile=compile_,
+        graphs=_switch("--graphs", graphs),
         strict=strict,
     ) as engine:
         sampling = engine.defaults.sampling(

@@ -23,7 +23,7 @@ class _Tiles(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """The matrix `shape` [out, in] in `codec`; views only, nothing is copied.
+    """The matrix `shape` [out, in] in `codec` over the bytes `data`; nothing is copied.
 
     `whole` are the tiles of 32 rows, `tail` the narrower last one (often of no rows). With
     `inputs` (int64 [in]) the columns are stored in another order: column j is the model's column
@@ -32,6 +32,7 @@ class Packed:
 
     codec: Codec
     shape: torch.Size
+    data: torch.Tensor
     whole: _Tiles
     tail: _Tiles
     inputs: torch.Tensor | None = None
@@ -63,7 +64,7 @@ class Packed:
             whole.append(values[:split].view(tiles, plane.units, TILE_ROWS))
             tail.append(values[split:].view(1, plane.units, left))
         size = torch.Size(shape)
-        return Packed(codec, size, _Tiles(tuple(whole)), _Tiles(tuple(tail)), inputs)
+        return Packed(codec, size, data, _Tiles(tuple(whole)), _Tiles(tuple(tail)), inputs)
 
     @property
     def padded_columns(self) -> int:

@@ -39,6 +39,12 @@ class CpuKernels:
             _multiply(x, self._widen(stored).T, y[:, first : first + rows])
         return y if bias is None else y.add_(bias)
 
+    def embedding(self, ids: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """The rows `ids` [n] of `weight` [rows, dim] in any dtype or codec: fp32 [n, dim]."""
+        if isinstance(weight, Packed):
+            return weight.rows(ids)
+        return torch.nn.functional.embedding(ids, weight).to(torch.float32)
+
     def _packed(self, x: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.Tensor:
         rows, columns = weight.shape[0], weight.padded_columns
         step = max(1, self._tile_rows(columns) // TILE_ROWS) * TILE_ROWS

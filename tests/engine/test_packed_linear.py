@@ -1,5 +1,7 @@
 """Products with packed matrices equal those with the numbers that they hold."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.codecs import NAMES, random_packed
@@ -55,7 +57,7 @@ def test_never_more_than_a_tile_is_expanded(monkeypatch: pytest.MonkeyPatch) -> 
 def test_columns_in_another_order_multiply_their_own_inputs(name: str) -> None:
     plain = random_packed(name, 40, 256)
     order = torch.randperm(256, generator=torch.Generator().manual_seed(1))
-    mixed = Packed(plain.codec, plain.shape, plain.whole, plain.tail, order)
+    mixed = replace(plain, inputs=order)
     wanted = torch.empty(40, 256)
     wanted[:, order] = plain.dense()
     x = torch.randn(3, 256)

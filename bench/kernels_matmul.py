@@ -1,0 +1,301 @@
+"""Prefill's matrix products on a GPU: every codec against exact numbers, then how fast.
+
+    python -m tierrun.bench.kernels_matmul [--out $OUT/matmul.json]
+
+2048 tokens through resident matrices and through the experts of one layer (both products, tokens
+routed at random), in a few ways of launching each; the rate of an 8192³ product of torch's in bf16,
+measured in the same run, is the yardstick. Weights are copied so often that no cache holds them.
+"""
+
+import itertools
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from rich.table import Table
+
+from tierrun.bench.random_weights import generator, matrix_bytes
+from tierrun.bench.report import document, emit, open_console, run_script
+from tierrun.engine.codecs.codec import find_codec
+from tierrun.engine.codecs.dense import DTYPES
+from tierrun.engine.codecs.packed import Packed
+from tierrun.engine.codecs.planes import packed_bytes, planes
+from tierrun.engine.kernels import matmul
+from tierrun.engine.kernels.geometry import Geometry, dense_geometry, packed_geometry
+from tierrun.engine.kernels.matmul import Launch, Operand
+from tierrun.engine.kernels.matvec import Gate
+from tierrun.io.errors import UsageError
+from tierrun.io.extent import align_up
+
+TOKENS = 2048
+AIM = 0.35
+"""Of the yardstick."""
+
+CHECKED = (
+    *("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl"),
+    *("iq4_xs", "mxfp4", "nvfp4", "nvfp4_div", "fp8_g128_f32", "fp8_row_f32", "int4_g128_bf16"),
+    *("int4z_g128_f16", "int8_row_f32", *DTYPES),
+)
+TIMED = ("bf16", "q8_0", "q4_k", "mxfp4", "fp8_g128_f32", "q6_k")
+
+PACKED = {
+    64: (Launch(128, 64, 8, 3), Launch(128, 64, 8, 4), Launch(64, 64, 4, 4)),
+    128: (Launch(128, 64, 8, 3), Launch(128, 64, 8, 4), Launch(256, 64, 16, 3)),
+}
+DENSE = {
+    64: (Launch(128, 64, 4, 4), Launch(128, 64, 8, 4)),
+    128: (Launch(128, 64, 8, 4), Launch(256, 64, 8, 3), Launch(256, 64, 16, 3)),
+}
+"""Tokens of a tile → launches tried."""
+
+
+class Layer(NamedTuple):
+    """A resident matrix [inner, hidden] (no experts), or a layer's experts."""
+
+    hidden: int
+    inner: int
+    experts: int = 0
+    top_k: int = 0
+
+    def text(self) -> str:
+        if not self.experts:
+            return f"{self.hidden} → {self.inner}"
+        return f"{self.experts} top-{self.top_k}, {self.hidden} × {self.inner}"
+
+    def flops(self, tokens: int) -> int:
+        products = 3 * self.top_k if self.experts else 1
+        return 2 * tokens * products * self.hidden * self.inner
+
+
+LAYERS = (
+    Layer(4096, 14336),
+    Layer(14336, 4096),
+    Layer(4096, 14336, 8, 2),
+    Layer(2048, 768, 128, 8),
+    Layer(2048, 512, 256, 8),
+)
+
+
+class Case(NamedTuple):
+    """One way of computing one layer in one codec."""
+
+    layer: Layer
+    codec: str
+    block: int
+    launch: Launch
+
+
+class Result(NamedTuple):
+    """Seconds (median), and what is made of them."""
+
+    case: Case
+    seconds: float
+    rate: float
+    share: float
+
+
+def cases() -> Iterator[Case]:
+    """All that are timed."""
+    for layer, codec in itertools.product(LAYERS, TIMED):
+        tried = DENSE if codec in DTYPES else PACKED
+        rows = TOKENS * layer.top_k / layer.experts if layer.experts else TOKENS
+        if not layer.experts:
+            launches = tried[128][:1] if codec in DTYPES else tried[128]  # torch's own product
+            yield from (Case(layer, codec, 128, launch) for launch in launches)
+            continue
+        for block in (64, 128) if rows <= 256 else (128,):
+            yield from (Case(layer, codec, block, launch) for launch in tried[block])
+
+
+def geometry_of(codec: str, shape: tuple[int, int]) -> Geometry:
+    """The matrix [out, in] in a codec, a dense one or a packed one."""
+    if codec in DTYPES:
+        return dense_geometry(codec, shape)
+    return packed_geometry(find_codec(codec), shape)
+
+
+def filled(codec: str, shape: tuple[int, int]) -> torch.Tensor:
+    """Bytes of a matrix made on the device: random codes, all scales the same; small numbers."""
+    if codec in DTYPES:
+        values = torch.randn(shape, device="cuda", dtype=DTYPES[codec]) / 64
+        return values.flatten().view(torch.uint8)
+    found = find_codec(codec)
+    data = torch.full((packed_bytes(found, shape),), 0x2C, dtype=torch.uint8, device="cuda")
+    for plane in planes(found, *shape):
+        if plane.width:
+            codes = data[plane.offset : plane.offset + plane.nbytes]
+            codes.random_(0, 120 if found.book == "e4m3" else 256)
+    return data
+
+
+def prepare(case: Case, tokens: int, copies: int) -> list[Callable[[], object]]:
+    """The work of `case`, on so many copies of the weights."""
+    matmul.LAUNCHES[case.codec not in DTYPES, case.block] = case.launch
+    if case.layer.experts:
+        return _experts(case, tokens, copies)
+    shape = case.layer.inner, case.layer.hidden
+    described, data = geometry_of(case.codec, shape), filled(case.codec, shape)
+    x = torch.randn(tokens, case.layer.hidden, device="cuda")
+    weights = [data.clone() for _ in range(copies)]
+    return [lambda w=w: matmul.linear(x, w, described) for w in weights]  # type: ignore[misc]
+
+
+def _experts(case: Case, tokens: int, copies: int) -> list[Callable[[], object]]:
+    hidden, inner, experts, top_k = case.layer
+    gate_up, down = (
+        (geometry_of(case.codec, shape), filled(case.codec, shape))
+        for shape in ((2 * inner, hidden), (hidden, inner))
+    )
+    at = align_up(gate_up[1].numel(), 64)
+    record = torch.zeros(align_up(at + down[1].numel()), dtype=torch.uint8, device="cuda")
+    record[: gate_up[1].numel()], record[at : at + down[1].numel()] = gate_up[1], down[1]
+    slab = record.repeat(experts if copies else 1)
+    slots = torch.arange(experts, device="cuda") * (len(record) if copies else 0)
+    x = torch.randn(tokens, hidden, device="cuda")
+    top = torch.rand(tokens, experts, device="cuda").topk(top_k, dim=1).indices
+    grouping = matmul.group(top, experts)._replace(block=case.block)
+    tiles, y = grouping.tiles(range(experts)), torch.empty(tokens * top_k, hidden, device="cuda")
+
+    def work() -> None:
+        arranged = matmul.arrange(x, gate_up[0])
+        h = matmul.hidden(grouping, down[0])
+        place = (grouping, tiles, slab, slots)
+        matmul.gate_up(arranged, *place, Operand(gate_up[0]), Gate("silu"), down[0], h)
+        matmul.down(h, *place, Operand(down[0], at), y)
+
+    return [work]
+
+
+def compile_one(case: Case) -> None:
+    """Compile what `case` needs into Triton's cache, by running it on next to nothing."""
+    for work in prepare(case, 256, copies=0 if case.layer.experts else 1):
+        work()
+    torch.cuda.synchronize()
+
+
+def timed(works: Sequence[Callable[[], object]], rounds: int = 9) -> float:
+    """Median seconds of one piece of work, taken by turns."""
+    for work in (*works, works[0]):
+        work()
+    turns = itertools.cycle(works)
+    pairs = []
+    for _ in range(rounds):
+        start, end = (_event() for _ in range(2))
+        start.record()
+        next(turns)()
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(float(start.elapsed_time(end)) / 1e3 for start, end in pairs)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def yardstick() -> float:
+    """FLOP/s of torch's product in bf16, 8192³."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / timed([lambda: a @ b], 21)
+
+
+def check(codec: str, tokens: int) -> float:
+    """The largest error of a product, relative to the sum of its terms' magnitudes."""
+    shape = (416, 512)
+    data = matrix_bytes(codec, shape, generator(7))
+    x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(tokens))
+    described = geometry_of(codec, shape)
+    if codec in DTYPES:
+        numbers = data.view(DTYPES[codec]).view(shape).float()
+    else:
+        numbers = Packed.over(data, find_codec(codec), shape).dense()
+    w, exact = numbers.half().double(), x.half().double()
+    got = matmul.linear(x.cuda(), data.cuda(), described).cpu().double()
+    return float(((got - exact @ w.T).abs() / (exact.abs() @ w.abs().T)).max())
+
+
+def best(results: Sequence[Result]) -> list[Result]:
+    """The fastest case of each layer and codec."""
+    fastest: dict[tuple[Layer, str], Result] = {}
+    for result in results:
+        key = result.case.layer, result.case.codec
+        if key not in fastest or result.seconds < fastest[key].seconds:
+            fastest[key] = result
+    return list(fastest.values())
+
+
+def table(results: Sequence[Result], rate: float) -> Table:
+    """One line for each layer and codec."""
+    made = Table(title=f"{TOKENS} tokens; torch's bf16 at 8192³: {rate / 1e12:.0f} TFLOP/s")
+    for name in ("layer", "codec", "tile", "rows inputs warps stages", "ms", "TFLOP/s", "share"):
+        made.add_column(name, justify="left" if name in ("layer", "codec") else "right")
+    for case, seconds, flops, share in results:
+        made.add_row(
+            case.layer.text(),
+            case.codec,
+            str(case.block),
+            " ".join(map(str, case.launch)),
+            f"{seconds * 1e3:.3f}",
+            f"{flops / 1e12:.0f}",
+            f"{share:.0%}{'' if share >= AIM else ' <'}",
+        )
+    return made
+
+
+def _time_all(rate: float) -> list[Result]:
+    results = []
+    for case in cases():
+        seconds = timed(prepare(case, TOKENS, copies=4))
+        flops = case.layer.flops(TOKENS) / seconds
+        results.append(Result(case, seconds, flops, flops / rate))
+        torch.cuda.empty_cache()
+    return results
+
+
+def _described(result: Result) -> dict[str, Any]:
+    case = result.case
+    return {
+        "layer": case.layer._asdict(),
+        "codec": case.codec,
+        "block": case.block,
+        "launch": case.launch._asdict(),
+        "seconds": result.seconds,
+        "tflops": result.rate / 1e12,
+        "share": result.share,
+    }
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Write the results here, as JSON.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that compile.")] = 12,
+) -> None:
+    """Check and time prefill's matrix products on this machine's GPU."""
+    if not torch.cuda.is_available():
+        raise UsageError("there is no GPU here")
+    console = open_console()
+    with ProcessPoolExecutor(min(workers, os.cpu_count() or 1), get_context("spawn")) as pool:
+        list(pool.map(compile_one, cases()))
+    errors = {codec: max(check(codec, tokens) for tokens in (20, 200)) for codec in CHECKED}
+    for codec, error in errors.items():
+        console.print(f"{codec}: error {error:.1e}{'' if error < 5e-5 else '  WRONG'}")
+    rate = yardstick()
+    results = _time_all(rate)
+    console.print(table(best(results), rate))
+    found = {
+        "errors": errors,
+        "yardstick_tflops": rate / 1e12,
+        "best": [_described(result) for result in best(results)],
+        "all": [_described(result) for result in results],
+    }
+    where = out or (Path(os.environ["OUT"]) / "matmul.json" if "OUT" in os.environ else None)
+    emit(document("kernels_matmul", found), where)
+
+
+if __name__ == "__main__":
+    run_script(main)

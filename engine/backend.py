@@ -1,0 +1,141 @@
+"""What an engine needs of the device it runs on; `HostBackend` is the one for the CPU."""
+
+import logging
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from tierrun.engine.context import Context, CpuContext
+from tierrun.engine.experts import ExpertsHook
+from tierrun.engine.kernels.cpu import CpuKernels
+from tierrun.engine.lookahead import Lookahead
+from tierrun.engine.model import load_model
+from tierrun.engine.options import Options
+from tierrun.engine.resident import ResidentWeights
+from tierrun.io.errors import UsageError
+from tierrun.io.reader import choose_reader, open_reader
+from tierrun.io.reads import ReadQueue
+from tierrun.io.store import ExpertKey, Store
+from tierrun.tiers.budget import resolve_ram, resolve_vram
+from tierrun.tiers.ledger import Ledger
+from tierrun.tiers.placement import Placement
+from tierrun.tiers.policy import make_policy
+from tierrun.tiers.residency import Residency
+from tierrun.tiers.setup import make_tiers, prefill_window
+
+log = logging.getLogger(__name__)
+
+
+class Hook(Protocol):
+    """The experts of one model, as the engine sees them.
+
+    `usage` counts per layer how often each expert was chosen; `interrupted`, once set, ends the
+    forward pass under way between two layers.
+    """
+
+    usage: list[torch.Tensor]
+    interrupted: bool
+
+    def start_forward(self) -> None: ...
+
+    def end_forward(self, tokens: int) -> None: ...
+
+
+class Backend(Protocol):
+    """A model on a device, its experts in their tiers."""
+
+    model: PreTrainedModel
+    residency: Residency
+    queue: ReadQueue
+
+    @property
+    def hook(self) -> Hook: ...
+
+    @property
+    def hot_bytes(self) -> int: ...
+
+    @property
+    def warm_bytes(self) -> int: ...
+
+    def context(self) -> Context:
+        """An empty context of at most `capacity` tokens."""
+
+    def warm_up(self, order: Iterable[ExpertKey]) -> None:
+        """Read the first of `order` that the tiers hold; nothing counts as a lookup."""
+
+    def check_integrity(self) -> None:
+        """Every tier's books agree; nothing may be under way."""
+
+    def close(self) -> None:
+        """End every read, let go of all memory."""
+
+
+class HostBackend:
+    """Everything in host memory; the hot tier is ordinary memory too."""
+
+    def __init__(
+        self, store: Store, weights: ResidentWeights, options: Options, ledger: Ledger
+    ) -> None:
+        torch.set_num_threads(options.num_threads)
+        vram = resolve_vram(options.vram, "cpu")
+        ram = resolve_ram(options.ram, weights.nbytes + vram.nbytes)
+        hot, warm = make_tiers(store.manifest, vram, ram)
+        policy = make_policy(options.policy, store.manifest.num_experts)
+        reader = chosen_reader(store, options)
+        weights.verify()
+        kernels = CpuKernels()
+        self.model = load_model(store, weights, kernels)
+        self.queue = open_queue(store, reader, options)
+        self.residency = Residency(Placement(store.manifest, hot, warm, policy, self.queue, ledger))
+        self.hook = ExpertsHook(
+            self.model,
+            store.manifest,
+            self.residency,
+            kernels,
+            ledger,
+            Lookahead(self.model) if options.lookahead else None,
+            prefill_window(store, self.residency.placement.landing, options.depth),
+        )
+
+    @property
+    def hot_bytes(self) -> int:
+        return self.residency.placement.hot.slab.nbytes
+
+    @property
+    def warm_bytes(self) -> int:
+        return self.residency.placement.warm.slab.nbytes
+
+    def context(self) -> Context:
+        """See `Backend`."""
+        return CpuContext(self.model)
+
+    def warm_up(self, order: Iterable[ExpertKey]) -> None:
+        """See `Backend`."""
+        raise UsageError("warming up is for a GPU; on the CPU the first prompt does it")
+
+    def check_integrity(self) -> None:
+        """See `Backend`."""
+        self.residency.check_integrity()
+
+    def close(self) -> None:
+        """See `Backend`."""
+        self.queue.close()
+
+
+def chosen_reader(store: Store, options: Options) -> str:
+    """The name of the reader to use; says which and why.
+
+    Raises:
+        UsageError: as `choose_reader`.
+    """
+    choice = choose_reader(options.io, store.shard_paths, options.strict)
+    level = logging.WARNING if choice.fallback else logging.INFO
+    log.log(level, "reads: %s (%s)", choice.name, choice.reason)
+    return choice.name
+
+
+def open_queue(store: Store, reader: str, options: Options) -> ReadQueue:
+    """The read queue over `store`'s shards."""
+    return ReadQueue(store, open_reader(reader, store.shard_paths, options.depth), options.depth)

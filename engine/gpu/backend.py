@@ -1,0 +1,219 @@
+"""A model on a GPU: resident weights and hot experts in VRAM, the other experts in pinned RAM.
+
+Memory is taken in this order, so that what is left for experts is known and not guessed: resident
+weights, the key-value cache of the whole context, a prompt's workspace (measured by a forward pass
+without experts), then the hot tier.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from tierrun.engine.architecture import experts_modules
+from tierrun.engine.backend import chosen_reader, open_queue
+from tierrun.engine.context import Context
+from tierrun.engine.gpu import compiling
+from tierrun.engine.gpu.attention import ATTENTION
+from tierrun.engine.gpu.cache import FixedCache, GrowingCache, make_cache
+from tierrun.engine.gpu.context import DeviceContext, DeviceRunner
+from tierrun.engine.gpu.experts import DEVICE_EXPERTS, DeviceExperts, NoExperts, forget
+from tierrun.engine.gpu.norms import fuse_norms
+from tierrun.engine.gpu.weights import to_device
+from tierrun.engine.kernels.cpu import CpuKernels
+from tierrun.engine.model import load_model
+from tierrun.engine.options import Options
+from tierrun.engine.resident import ResidentWeights
+from tierrun.io.errors import BudgetError
+from tierrun.io.extent import format_bytes
+from tierrun.io.store import ExpertKey, RecordClass, Store
+from tierrun.tiers.budget import DeviceNeeds, resolve_device_vram, resolve_ram, resolve_vram
+from tierrun.tiers.copies import Copies, CudaCopies, HostCopies
+from tierrun.tiers.ledger import Ledger
+from tierrun.tiers.placement import Placement
+from tierrun.tiers.policy import make_policy
+from tierrun.tiers.residency import Residency
+from tierrun.tiers.setup import DeviceTiers, device_figures, make_device_tiers, prefill_window
+from tierrun.tiers.vram import VramTier
+
+log = logging.getLogger(__name__)
+
+
+class GpuBackend:
+    """See `Backend`. `device` may be the CPU where kernels are interpreted (tests)."""
+
+    def __init__(
+        self,
+        store: Store,
+        weights: ResidentWeights,
+        options: Options,
+        ledger: Ledger,
+        device: torch.device,
+        capacity: int,
+    ) -> None:
+        torch.set_num_threads(options.num_threads)
+        self._options, self._device, self._capacity = options, device, capacity
+        weights.verify()
+        self.model = load_model(
+            store, weights, CpuKernels(), experts=DEVICE_EXPERTS, attention=ATTENTION
+        )
+        with _room_for("the resident weights"):
+            resident = to_device(self.model, device)
+            fuse_norms(self.model)
+        with _room_for(f"a context of {capacity} tokens (-c)"):
+            cache, workspace = self._measured_cache()
+        workspace += self._experts_workspace(store)
+        log.info(
+            "VRAM: resident weights %s, key-value cache %s for %d tokens, workspace %s",
+            *map(format_bytes, (resident, cache.nbytes)),
+            capacity,
+            format_bytes(workspace),
+        )
+        tiers, copies = self._make_tiers(store, workspace)
+        self.queue = open_queue(store, chosen_reader(store, options), options)
+        self.residency = Residency(
+            Placement(
+                store.manifest,
+                tiers.none,
+                tiers.warm,
+                make_policy(options.policy, store.manifest.num_experts),
+                self.queue,
+                ledger,
+            )
+        )
+        window = prefill_window(store, tiers.warm, options.depth)
+        self._vram = VramTier(self.residency, tiers.hot, copies, window)
+        self._warm = tiers.warm
+        self.hook = DeviceExperts(self.model, store.manifest, self._vram, device)
+        self._runner = DeviceRunner(
+            self.model,
+            self.hook,
+            cache,
+            device,
+            graphs=options.graphs,
+            compiled=self._compiled(store),
+        )
+
+    def _make_tiers(self, store: Store, workspace: int) -> tuple[DeviceTiers, Copies]:
+        """Budgets become tiers; what the model needs besides is allocated already."""
+        options, device = self._options, self._device
+        cuda = device.type == "cuda"
+        if cuda:
+            needs = DeviceNeeds(0, 0, workspace)
+            vram = resolve_device_vram(options.vram, device_figures(device), needs)
+        else:
+            vram = resolve_vram(options.vram, "cpu")
+        ram = resolve_ram(options.ram, 0)
+        tiers = make_device_tiers(store.manifest, vram, ram, device, strict=options.strict)
+        return tiers, CudaCopies(device) if cuda else HostCopies()
+
+    def _experts_workspace(self, store: Store) -> int:
+        """Bytes between the experts' two products, for a chunk of a prompt."""
+        tokens = min(self._options.ubatch, self._capacity)
+        return max(
+            tokens * layer.top_k * _bytes_per_assignment(store.manifest.class_of(number))
+            for number, layer in enumerate(store.manifest.layers)
+        )
+
+    @property
+    def hot_bytes(self) -> int:
+        return self._vram.nbytes
+
+    @property
+    def warm_bytes(self) -> int:
+        return self._warm.slab.nbytes
+
+    @property
+    def num_segments(self) -> int:
+        """CUDA graphs per token; 0 while decode is eager."""
+        return self._runner.num_segments
+
+    def context(self) -> Context:
+        """See `Backend`."""
+        return DeviceContext(self._runner, self._options.ubatch)
+
+    def warm_up(self, order: Iterable[ExpertKey]) -> None:
+        """See `Backend`."""
+        self._vram.warm_up(order)
+
+    def check_integrity(self) -> None:
+        """See `Backend`."""
+        self._vram.check_integrity()
+
+    def close(self) -> None:
+        """See `Backend`."""
+        self._vram.close()
+        self.queue.close()
+        self._warm.slab.release()
+        forget(experts_modules(self.model).values())
+
+    def _compiled(self, store: Store) -> compiling.CompiledLayers | None:
+        """The decoder layers compiled, where that is wanted."""
+        fingerprint = store.manifest.fingerprint
+        choice = "off" if self._options.exact else self._options.compile
+        if self._device.type != "cuda" or not compiling.wanted(choice, fingerprint):
+            return None
+        log.warning("compiling the model's layers; the first time takes a minute or two")
+        return compiling.CompiledLayers(self.model, fingerprint)
+
+    # -- measuring ------------------------------------------------------------------------------
+
+    def _measured_cache(self) -> tuple[FixedCache | GrowingCache, int]:
+        """The key-value cache, allocated; and the bytes that a prompt's chunk needs beside it.
+
+        In fp16, as llama.cpp keeps it, where the architecture can; else in fp32; of the model's
+        own making where a fixed one does not fit it.
+        """
+        config = self.model.config
+        chunk = min(self._options.ubatch, self._capacity)
+        for dtype in (torch.float16, torch.float32):
+            cache = make_cache(config, self._capacity, chunk, dtype)
+            if isinstance(cache, GrowingCache):
+                break
+            try:
+                return cache, self._workspace(cache, chunk)
+            except (RuntimeError, ValueError, TypeError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                reason = str(error).strip().splitlines()[0]
+                log.info("a fixed key-value cache in %s does not fit: %s", dtype, reason)
+        own: str = self.model.get_correct_attn_implementation(None)
+        self.model.set_attn_implementation(own)
+        log.warning("this model makes its own key-value cache: decode runs without CUDA graphs")
+        grown = GrowingCache()
+        return grown, self._workspace(grown, chunk)
+
+    def _workspace(self, cache: FixedCache | GrowingCache, chunk: int) -> int:
+        """Bytes that a chunk of a prompt and a token after it need, experts apart."""
+        nothing = NoExperts(self.model)
+        runner = DeviceRunner(self.model, nothing, cache, self._device, graphs=False)
+        cuda = self._device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device) if cuda else 0
+        count = min(chunk, self._capacity - 1)
+        for tokens in ([0] * max(count, 1), [0]):
+            runner.forward(tokens, last_only=True)
+        cache.reset()
+        peak = torch.cuda.max_memory_allocated(self._device) if cuda else 0
+        return max(0, peak - before - cache.nbytes)
+
+
+def _bytes_per_assignment(record: RecordClass) -> int:
+    """fp32 of every product's rows, and as much again where the module applies its own gate."""
+    rows = sum(matrix.shape[0] for matrix in record.matrices if len(matrix.shape) == 2)
+    return 2 * 4 * rows
+
+
+@contextmanager
+def _room_for(what: str) -> Iterator[None]:
+    """Out of memory, in one line that says what for and what is there."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info()
+        raise BudgetError(
+            f"{what} does not fit: the GPU has {format_bytes(free)} free of {format_bytes(total)}; "
+            "close what else uses it, ask for a shorter context, or use --device cpu"
+        ) from error

@@ -1,0 +1,80 @@
+"""A forward pass as CUDA graphs in segments, one per stretch between two experts calls.
+
+While a pass is recorded, the experts call *cuts*: the graph under way ends there, what the host has
+to do at that place is noted, and the next graph begins. The model's own forward runs once,
+unmodified, and falls apart by itself; replay is graph, host, graph, host, … graph. No code knows an
+architecture.
+
+Assumes: everything between two cuts is the same work on the same memory for every token, and takes
+no decision on values of the device. All graphs share one memory pool and are replayed in the order
+in which they were recorded, so memory that one of them leaves to a later one still holds its
+values when that one runs.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+HostStep = Callable[[], None]
+"""What the host does between two graphs; may enqueue work on the current stream."""
+
+
+class SegmentedGraph:
+    """One recorded forward pass."""
+
+    def __init__(self) -> None:
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._steps: list[HostStep] = []
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def num_segments(self) -> int:
+        return len(self._graphs)
+
+    def record(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Run `forward` once without executing it; what it returns is filled by every replay.
+
+        Raises:
+            RuntimeError: `forward` does something that a graph cannot hold; nothing is left behind.
+        """
+        make: Callable[[], torch.cuda.Stream] = torch.cuda.Stream
+        stream = make()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._begin()
+            try:
+                output = forward()
+            except BaseException:
+                self._abandon()
+                raise
+            self._graphs[-1].capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        return output
+
+    def cut(self, step: HostStep) -> None:
+        """End the graph under way, let `step` follow it, begin the next."""
+        self._graphs[-1].capture_end()
+        self._steps.append(step)
+        self._begin()
+
+    def replay(self) -> None:
+        """The whole pass, on the current stream."""
+        for graph, step in zip(self._graphs, self._steps, strict=False):
+            graph.replay()
+            step()
+        self._graphs[-1].replay()
+
+    def _begin(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (reads, copies, pinning) may call CUDA meanwhile: only this one is captured.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._graphs.append(graph)
+
+    def _abandon(self) -> None:
+        """End a capture that failed; the first error is the one that says why."""
+        try:
+            self._graphs[-1].capture_end()
+        except RuntimeError:
+            pass
+        self._graphs.clear()
+        self._steps.clear()

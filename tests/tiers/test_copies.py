@@ -1,0 +1,110 @@
+"""Copies between host and device arrive whole, and in the order that was promised."""
+
+import numpy as np
+import pytest
+import torch
+from tests.tiers.streams import FakeStreams
+from tests.tiers.vramrig import CUDA, KINDS, device_of, make_copies, on_cuda
+
+from tierrun.tiers.copies import Copies, CudaCopies
+from tierrun.tiers.memory import PinnedMemory
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+LARGE = 64 << 20
+
+
+def bytes_of(value: int, nbytes: int = 4096) -> torch.Tensor:
+    return torch.full((nbytes,), value, dtype=torch.uint8)
+
+
+def there(copies: Copies, nbytes: int = 4096) -> torch.Tensor:
+    return torch.zeros(nbytes, dtype=torch.uint8, device=device_of(copies))
+
+
+@kinds
+def test_bytes_go_there_and_back(kind: str) -> None:
+    copies = make_copies(kind)
+    slots, back = [there(copies), there(copies)], [bytes_of(0), bytes_of(0)]
+    copies.to_device([(slots[0], bytes_of(1)), (slots[1], bytes_of(2))])
+    copy = copies.to_host([(back[0], slots[1]), (back[1], slots[0])])
+    assert copy.wait() >= 0.0
+    assert torch.equal(back[0], bytes_of(2)) and torch.equal(back[1], bytes_of(1))
+
+
+@kinds
+def test_a_table_is_written_after_the_copies_before_it(kind: str) -> None:
+    copies = make_copies(kind)
+    table = torch.full((1000,), -1, dtype=torch.int64, device=device_of(copies))
+    expected = table.cpu().clone()
+    for first in range(100):  # more often than there are rows in the ring
+        indices = np.arange(first, 1000, 3)
+        values = indices * 10 + first
+        copies.to_device([(there(copies), bytes_of(first % 256))])
+        copies.scatter(table, indices, values)
+        expected[torch.from_numpy(indices)] = torch.from_numpy(values)
+    copies.ready()
+    copies.synchronize()
+    assert torch.equal(table.cpu(), expected)
+
+
+@kinds
+def test_the_compute_stream_sees_what_is_ready(kind: str) -> None:
+    copies = make_copies(kind)
+    slot = there(copies, LARGE)
+    source = bytes_of(7, LARGE)
+    for value in range(1, 5):
+        source.fill_(value)
+        copy = copies.to_device([(slot, source)])
+        copies.ready()
+        found: list[torch.Tensor] = []
+        run(copies, found, slot)
+        copy.wait()
+        copies.synchronize()
+        assert found[0].tolist() == [value, value]
+
+
+@kinds
+def test_a_copy_behind_a_barrier_does_not_overtake_the_kernels(kind: str) -> None:
+    copies = make_copies(kind)
+    slot, sources = there(copies, LARGE), [bytes_of(1, LARGE), bytes_of(2, LARGE)]
+    copies.to_device([(slot, sources[0])])
+    copies.ready()
+    found: list[torch.Tensor] = []
+    run(copies, found, slot)
+    copies.computed()()
+    copies.to_device([(slot, sources[1])]).wait()
+    copies.synchronize()
+    assert found[0].tolist() == [1, 1] and slot[-1] == 2
+
+
+def run(copies: Copies, found: list[torch.Tensor], slot: torch.Tensor) -> None:
+    """A slow kernel, and then one that looks at the ends of `slot`."""
+
+    def look() -> None:
+        if slot.is_cuda:
+            big = torch.ones(4096, 4096, device=slot.device)
+            for _ in range(20):
+                big = big @ big
+        found.append(torch.stack([slot.min(), slot.max()]))
+
+    if isinstance(copies, FakeStreams):
+        copies.compute.enqueue(look)
+    else:
+        look()
+
+
+@on_cuda
+def test_enqueueing_on_the_gpu_does_not_wait() -> None:
+    pinned = PinnedMemory(CUDA, strict=True)
+    source = pinned.allocate(LARGE)
+    try:
+        copies = CudaCopies(CUDA)
+        slot = there(copies, LARGE)
+        copies.synchronize()
+        ends = [copies.to_device([(slot, source)]) for _ in range(40)]
+        assert not ends[-1].ended.query(), "40 copies of 64 MiB take 50 ms at least"
+        assert all(end.wait() > 0 for end in ends)
+    finally:
+        torch.cuda.synchronize()
+        pinned.release(source)

@@ -1,0 +1,511 @@
+"""The hot tier in VRAM: what is copied when, what stays, and who sees it."""
+
+import ctypes
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.fakes import FOREVER, Experts
+from tests.tiers.rig import hold_all, let_go
+from tests.tiers.streams import FakeStreams
+from tests.tiers.vramrig import KINDS, VramRig, make_vram
+
+from tierrun.io.errors import ReadError
+from tierrun.io.extent import PAGE
+from tierrun.io.store import ExpertKey
+from tierrun.tiers.copies import Copy, HostCopies, Pairs
+from tierrun.tiers.tier import SlotState
+from tierrun.tiers.transfers import worth_demoting
+
+pytestmark = [pytest.mark.timeout(60)]
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+WIDE = [Experts(12, 2), Experts(12, 2), Experts(12, 2)]
+
+
+def step(it: VramRig, layer: int, *experts: int) -> list[int]:
+    """One token that uses one layer only."""
+    it.vram.next_step()
+    brought = it.decode(layer, experts)
+    it.account()
+    return brought
+
+
+def learn(it: VramRig, layer: int, *experts: int) -> None:
+    """Use `experts` again and again, two at a time, until they are proven and well worth it."""
+    for _ in range(3):
+        for first in range(0, len(experts), 2):
+            step(it, layer, *experts[first : first + 2])
+
+
+# -- decode --------------------------------------------------------------------------------------
+
+
+@kinds
+def test_what_is_missing_is_brought_and_found_the_next_time(kind: str) -> None:
+    with make_vram(kind) as it:
+        assert sorted(step(it, 0, 3, 1)) == [1, 3]
+        assert step(it, 0, 1, 3) == []
+        assert step(it, 0, 1, 2) == [2]
+        counters = it.rig.counters
+        assert (counters.hot, counters.warm, counters.cold) == (3, 0, 3)
+        assert counters.promoted_bytes == 3 * PAGE
+
+
+@kinds
+def test_what_warm_has_comes_first_and_together(kind: str) -> None:
+    with make_vram(kind, layers=[Experts(8, 4)], vram=(6,), warm=(8,)) as it:
+        it.rig.prefill(0, [5, 2])
+        lists = [[e for e, _ in arrived] for arrived in it.vram.fetch(0, [1, 5, 0, 2])]
+        assert lists[0] == [5, 2] and sorted(sum(lists[1:], [])) == [0, 1]
+        assert (it.rig.counters.warm, it.rig.counters.cold) == (2, 2 + 2)
+
+
+def test_the_table_says_where_the_bytes_are() -> None:
+    with make_vram() as it:
+        step(it, 1, 4, 0)
+        for expert in (4, 0):
+            address = it.vram.base.data_ptr() + int(it.vram.table_of(1)[expert])
+            assert ctypes.string_at(address, PAGE) == it.rig.tiny.record(ExpertKey(1, expert))
+        assert (it.vram.table_of(0) == -1).all() and (it.vram.table >= 0).sum() == 2
+
+
+def published_wrongly(it: VramRig) -> list[int]:
+    """Experts whose table entry on the device points at other bytes."""
+    wrong = []
+    size = int(it.rig.placement.first[1])
+    for index, offset in enumerate(it.vram.table.tolist()):
+        if offset >= 0:
+            truth = it.rig.tiny.record(ExpertKey(*divmod(index, size)))
+            if ctypes.string_at(it.vram.base.data_ptr() + offset, PAGE) != truth:
+                wrong.append(index)
+    return wrong
+
+
+def test_at_no_time_does_the_table_point_at_other_bytes() -> None:
+    """Looked at after every single thing that the stream of copies does."""
+    streams = FakeStreams()
+    with make_vram(streams, vram=(3,), warm=(3,)) as it:
+        for token in range(12):
+            it.vram.next_step()
+            for layer in range(3):
+                first = (5 * token + layer) % 6
+                it.decode(layer, [first, (first + 1 + token % 5) % 6])
+                while streams.up.try_one() or streams.compute.try_one():
+                    assert published_wrongly(it) == []
+            it.account()
+
+
+def test_a_fetch_waits_for_no_copy() -> None:
+    streams = FakeStreams()
+    with make_vram(streams) as it:
+        step(it, 0, 3, 1)
+        assert streams.up.done == 0 and (it.vram.table == -1).all()
+        assert it.mirror(0, [3, 1]) == it.letter(0, [3, 1])
+
+
+@kinds
+def test_several_tokens_may_want_more_than_top_k_and_more_than_there_are_slots(kind: str) -> None:
+    with make_vram(kind, layers=WIDE, vram=(3,), warm=(3,)) as it:
+        step(it, 0, 0, 1)
+        assert sorted(it.decode(0, list(range(12)))) == list(range(2, 12))
+        assert it.rig.counters.lookups == 2 + 12
+
+
+@kinds
+def test_everything_may_be_leased_and_more_still_comes(kind: str) -> None:
+    """Slots of this layer's own hits are reused, once their kernels have run."""
+    with make_vram(kind, layers=WIDE, vram=(3,), warm=(6,)) as it:
+        step(it, 0, 0, 1)
+        step(it, 0, 2)
+        assert it.here(0) == {0, 1, 2}
+        assert sorted(it.decode(0, [0, 1, 2, 3, 4, 5])) == [3, 4, 5]
+
+
+# -- who stays -----------------------------------------------------------------------------------
+
+
+def test_free_slots_are_filled_before_anything_is_displaced() -> None:
+    with make_vram(layers=WIDE, vram=(6,), warm=(12,)) as it:
+        learn(it, 0, 0, 1, 2, 3, 4, 5)
+        assert it.here(0) == {0, 1, 2, 3, 4, 5}
+        assert len(it.proven(0)) == 6 - 2, "a reserve of top-k is not"
+
+
+def test_a_newcomer_that_is_worth_more_takes_the_place_without_a_copy() -> None:
+    with make_vram(layers=WIDE, vram=(4,), warm=(12,)) as it:
+        learn(it, 0, 0, 1)
+        for _ in range(300):
+            it.vram.next_step()
+        step(it, 0, 2, 3)
+        before = it.rig.counters.promoted_bytes
+        assert it.proven(0) == {2, 3} and it.here(0) == {0, 1, 2, 3}
+        assert step(it, 0, 0, 1) == [], "what was displaced is still hit"
+        assert it.rig.counters.promoted_bytes == before
+
+
+def test_a_newcomer_that_is_worth_less_passes_through() -> None:
+    with make_vram(layers=WIDE, vram=(4,), warm=(12,)) as it:
+        for _ in range(10):
+            learn(it, 0, 0, 1)
+        for newcomer in range(2, 8):
+            step(it, 0, newcomer)
+        assert it.proven(0) == {0, 1} and it.here(0) == {0, 1, 6, 7}
+
+
+def test_a_hit_on_an_unproven_slot_may_prove_it() -> None:
+    with make_vram(layers=WIDE, vram=(4,), warm=(12,)) as it:
+        for _ in range(2):
+            learn(it, 0, 0, 1)
+        step(it, 0, 2)
+        assert it.proven(0) == {0, 1}
+        for _ in range(20):
+            step(it, 0, 2)
+        assert 2 in it.proven(0) and it.here(0) >= {0, 1, 2}
+
+
+@pytest.mark.parametrize(("slots", "reserve"), [(9, 8), (128, 8), (320, 20), (640, 32)])
+def test_the_reserve_is_top_k_or_more_where_that_costs_little(slots: int, reserve: int) -> None:
+    with make_vram(layers=[Experts(128, 8)] * 5, vram=(slots,), warm=(16,)) as it:
+        assert it.vram.slots.reserve == [reserve]
+
+
+# -- together with the warm tier -----------------------------------------------------------------
+
+
+@kinds
+def test_the_two_tiers_hold_nearly_the_sum_of_both(kind: str) -> None:
+    with make_vram(kind, layers=[Experts(16, 2)], vram=(8,), warm=(8,)) as it:
+        for _ in range(6):
+            learn(it, 0, *range(14))
+        it.vram.check_integrity()
+        assert len(it.here(0) | it.warm(0)) >= 14
+        before = it.rig.counters.cold
+        learn(it, 0, *range(14))
+        assert it.rig.counters.cold == before, "none of fourteen is read again"
+        assert it.rig.counters.demoted_bytes > 0
+
+
+def test_what_is_displaced_goes_down_and_is_found_only_when_it_is_there() -> None:
+    streams = FakeStreams()
+    with make_vram(streams, layers=WIDE, vram=(3,), warm=(4,)) as it:
+        learn(it, 0, 0)
+        assert it.proven(0) == {0}
+        it.vram.check_integrity()
+        for expert in (1, 2, 3, 4, 5):  # 0 is backed: its warm slot goes first
+            it.rig.prefill(0, [expert])
+        assert 0 not in it.warm(0)
+        for _ in range(40):
+            it.vram.next_step()
+        for _ in range(3):
+            step(it, 0, 5)
+        assert it.proven(0) == {5}
+        assert it.rig.counters.demoted_bytes == PAGE
+        assert 0 not in it.warm(0) and it.rig.placement.home(0, 0) is None
+        filling = np.flatnonzero(it.rig.placement.warm.state == SlotState.FILLING)
+        assert len(filling) == 1 and streams.down.done == 0
+        step(it, 0, 4)
+        assert 0 in it.warm(0)
+
+
+@pytest.mark.parametrize(
+    ("worth", "victim", "backed", "goes"),
+    [(1.0, 2.0, False, False), (2.0, 1.0, False, True), (1.0, 1.0, False, False)]
+    + [(0.0, 9.0, True, True)],
+)
+def test_a_demotion_must_be_worth_it(worth: float, victim: float, backed: bool, goes: bool) -> None:
+    assert worth_demoting(worth, victim, backed=backed) is goes
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_is_worth_less_than_what_warm_holds_is_dropped(wanted: bool) -> None:
+    """By a hit on an unproven slot, so that no warm slot has just become superfluous."""
+    with make_vram(layers=WIDE, vram=(3,), warm=(3,)) as it:
+        for _ in range(4):
+            step(it, 0, 0)
+        step(it, 0, 1)
+        assert (it.proven(0), it.here(0)) == ({0}, {0, 1})
+        it.vram.check_integrity()
+        for _ in range(1 if wanted else 20):
+            it.vram.next_step()
+            it.rig.decode(0, [2, 3])
+            it.rig.decode(0, [4])
+        assert it.warm(0) == {2, 3, 4}
+        for _ in range(4):
+            step(it, 0, 1)
+        assert it.proven(0) == {1}
+        it.vram.check_integrity()
+        assert (0 in it.warm(0)) is wanted
+        assert it.rig.counters.demoted_bytes == wanted * PAGE
+        assert it.here(0) == {0, 1}, "until its slot is reused"
+
+
+def test_looking_ahead_reads_nothing_that_is_in_vram() -> None:
+    with make_vram(layers=WIDE, vram=(6,), warm=(3,)) as it:
+        step(it, 1, 4, 5)
+        it.rig.prefill(0, [0, 1, 2, 3])
+        calls = len(it.rig.reader.calls)
+        it.vram.look_ahead(1, [4, 5, 6])
+        it.rig.drain()
+        assert len(it.rig.reader.calls) == calls + 1 and 6 in it.warm(1)
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+@kinds
+def test_a_read_that_fails_leaves_what_had_come(kind: str) -> None:
+    with make_vram(kind, layers=[Experts(8, 4)], vram=(6,), warm=(6,)) as it:
+        it.rig.prefill(0, [2])
+        it.rig.reader.failures[it.rig.place(0, 7)] = FOREVER
+        with pytest.raises(ReadError, match="expert 7"):
+            it.decode(0, [7, 2])
+        it.vram.check_integrity()
+        assert it.here(0) == {2}
+        it.rig.reader.failures.clear()
+        assert it.decode(0, [7, 2]) == [7]
+
+
+@kinds
+def test_a_call_that_nobody_finishes_ends_with_the_next_step(kind: str) -> None:
+    with make_vram(kind, layers=WIDE, vram=(3,), warm=(3,)) as it:
+        it.rig.prefill(0, [2])
+        stale = it.vram.fetch(0, [2, 3])
+        assert [expert for expert, _ in next(stale)] == [2]
+        it.vram.next_step()
+        assert it.letter(0, [2]) == it.mirror(0, [2]) != [-1]
+        assert sorted(it.decode(1, [0, 1])) == [0, 1]
+        stale.close()
+        stream = it.vram.stream(0, list(range(12)))
+        next(stream)
+        it.vram.abandon()
+        assert sorted(sum(it.prefill(2, list(range(12))), [])) == list(range(12))
+        stream.close()
+
+
+def test_a_fetch_given_up_while_it_waits_for_a_read_holds_nothing() -> None:
+    with make_vram(layers=WIDE, vram=(3,), warm=(3,)) as it:
+        it.rig.prefill(0, [2])
+        hold_all(it.rig)
+        assert it.decode(0, [2, 3], patience=1) == [2]
+        it.vram.check_integrity()
+        let_go(it.rig)
+        it.rig.drain()
+        assert it.decode(0, [2, 3]) == [3]
+        assert len(it.rig.reader.calls) == 2, "the read went on and was kept"
+
+
+@dataclass
+class Failing(HostCopies):
+    """A device that fails when it is told to."""
+
+    fails: bool = False
+
+    def to_device(self, pairs: Pairs) -> Copy:
+        if self.fails:
+            raise RuntimeError("the device failed")
+        return super().to_device(pairs)
+
+    def to_host(self, pairs: Pairs) -> Copy:
+        return self.to_device(pairs)
+
+
+def test_a_copy_that_cannot_be_enqueued_takes_no_slot() -> None:
+    copies = Failing()
+    with make_vram(copies, layers=WIDE, vram=(3,), warm=(3,)) as it:
+        step(it, 0, 0, 1)
+        copies.fails = True
+        for call in (it.decode, it.prefill):
+            with pytest.raises(RuntimeError, match="the device failed"):
+                call(0, [2, 3])
+        copies.fails = False
+        it.check_idle()
+        assert sorted(it.decode(0, [2, 3])) == [2, 3]
+
+
+def test_a_demotion_that_cannot_be_enqueued_takes_no_slot() -> None:
+    copies = Failing()
+    with make_vram(copies, layers=WIDE, vram=(3,), warm=(6,)) as it:
+        learn(it, 0, 0)
+        step(it, 0, 1)
+        it.rig.prefill(0, [2, 3, 4, 5, 6, 7])
+        it.vram.check_integrity()
+        it.rig.prefill(1, [0, 1, 2, 3, 4, 5])
+        assert 0 not in it.warm(0)
+        copies.fails = True
+        with pytest.raises(RuntimeError, match="the device failed"):
+            for _ in range(40):
+                step(it, 0, 1)
+        copies.fails = False
+        it.unaccounted.clear()
+        it.check_idle()
+        assert it.here(0) == {0, 1}
+
+
+# -- prefill -------------------------------------------------------------------------------------
+
+
+@kinds
+@pytest.mark.parametrize(("vram", "warm"), [(3, 3), (5, 8), (12, 4), (36, 36)])
+def test_prefill_gives_each_expert_once(kind: str, vram: int, warm: int) -> None:
+    with make_vram(kind, layers=WIDE, vram=(vram,), warm=(warm,)) as it:
+        for _ in range(2):
+            it.vram.next_step()
+            for layer in range(3):
+                groups = it.prefill(layer, list(range(12)))
+                assert sorted(sum(groups, [])) == list(range(12))
+        assert it.rig.counters.lookups == 2 * 36
+
+
+def test_prefill_gives_what_is_here_first_and_then_groups() -> None:
+    with make_vram(layers=[Experts(12, 6)], vram=(8,), warm=(12,), window=6) as it:
+        step(it, 0, 4, 7)
+        groups = it.prefill(0, list(range(12)), group=3)
+        assert groups[0] == [4, 7] and [len(group) for group in groups[1:]] == [3, 3, 3, 1]
+
+
+@kinds
+def test_a_model_that_fits_is_all_there_after_the_first_prompt(kind: str) -> None:
+    with make_vram(kind, layers=WIDE, vram=(36,), warm=(6,)) as it:
+        for layer in range(3):
+            it.prefill(layer, list(range(12)))
+        assert [len(it.here(layer)) for layer in range(3)] == [12, 12, 12]
+        assert it.rig.counters.promoted_bytes == 36 * PAGE
+        for layer in range(3):
+            assert it.prefill(layer, list(range(12))) == [list(range(12))]
+            assert step(it, layer, 3, 4) == []
+
+
+def test_every_layer_gets_its_share_of_an_empty_tier() -> None:
+    with make_vram(layers=WIDE, vram=(18,), warm=(18,)) as it:
+        for layer in range(3):
+            it.prefill(layer, list(range(12)))
+        assert [it.proven(layer) >= set(range(4)) for layer in range(3)] == [True] * 3
+        assert sum(len(it.proven(layer)) for layer in range(3)) == 18 - 2
+
+
+@kinds
+def test_a_long_prompt_takes_nothing_that_decode_has_proven(kind: str) -> None:
+    with make_vram(kind, layers=WIDE, vram=(8,), warm=(6,)) as it:
+        learn(it, 0, 0, 1, 2, 3)
+        learn(it, 1, 4, 5)
+        before = [it.proven(layer) for layer in range(3)]
+        assert sum(map(len, before)) == 8 - 2
+        for _ in range(3):
+            it.vram.next_step()
+            for layer in range(3):
+                it.prefill(layer, list(range(12)))
+                it.vram.used(layer, [10, 11])
+        assert [it.proven(layer) for layer in range(3)] == before
+
+
+def test_a_group_is_copied_while_the_one_before_is_computed_and_no_earlier_slot_is_reused() -> None:
+    streams = FakeStreams()
+    with make_vram(streams, layers=[Experts(12, 4)], vram=(5,), warm=(12,), window=6) as it:
+        it.rig.prefill(0, list(range(12)), 6)
+        computed: list[list[int]] = []
+        groups = it.vram.stream(0, list(range(12)))
+        for number, arrived in enumerate(groups):
+            while streams.up.try_one():
+                pass
+            assert len(arrived) == 2
+            copied = it.rig.counters.promoted_bytes // PAGE
+            assert copied == 2 * (number + 1), "one group ahead of the kernels"
+            if number == 2:
+                assert streams.compute.done == 0
+                assert not streams.up.try_one(), "the third waits for the first one's kernels"
+                break
+            streams.ready()
+            it.launch(0, arrived)
+            computed.append([expert for expert, _ in arrived])
+        groups.close()
+        assert computed == [[0, 1], [2, 3]]
+
+
+def test_what_was_here_is_not_overwritten_before_its_kernels_have_run() -> None:
+    streams = FakeStreams()
+    with make_vram(streams, layers=WIDE, vram=(3,), warm=(6,)) as it:
+        step(it, 0, 0, 1)
+        it.prefill(0, [0, 1, 2, 3, 4])
+        while streams.up.try_one():
+            pass
+        it.check_seen()
+
+
+# -- filling and shrinking -----------------------------------------------------------------------
+
+
+@kinds
+def test_warming_up_fills_vram_in_the_order_given(kind: str) -> None:
+    with make_vram(kind, layers=WIDE, vram=(5,), warm=(4,)) as it:
+        order = [ExpertKey(layer, expert) for expert in range(12) for layer in (2, 0)]
+        it.vram.warm_up(order)
+        assert it.here(2) == {0, 1, 2} and it.here(0) == {0, 1}
+        assert it.rig.counters.lookups == 0
+        it.vram.warm_up(order)
+        assert it.rig.counters.promoted_bytes == 5 * PAGE
+
+
+@kinds
+def test_memory_is_given_back_in_chunks_and_decode_goes_on(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with make_vram(kind, layers=WIDE, vram=(8,), warm=(12,)) as it:
+        learn(it, 0, *range(8))
+        base = it.vram.base.data_ptr()
+        with caplog.at_level(logging.WARNING, "tierrun"):
+            assert it.vram.shrink(1) == 2 * PAGE
+            assert it.vram.shrink(3 * PAGE) == 2 * PAGE, "two more would leave too few"
+            assert it.vram.shrink(PAGE) == 0
+        assert len(caplog.records) == 1 and "gave 8.0 KiB back" in caplog.text
+        assert it.vram.nbytes == 4 * PAGE and it.vram.base.data_ptr() == base
+        it.check_idle()
+        assert len(it.here(0)) <= 4
+        learn(it, 0, *range(8))
+        assert it.vram.shrink(1 << 40) == 0
+
+
+def test_nothing_is_given_back_that_the_device_may_be_reading() -> None:
+    streams = FakeStreams()
+    with make_vram(streams, layers=WIDE, vram=(8,), warm=(12,)) as it:
+        learn(it, 0, *range(8))
+        it.decode(0, [8, 9])
+        before = {s: s.enqueued for s in (streams.up, streams.down, streams.compute)}
+        assert it.vram.shrink(1) > 0
+        assert all(stream.done >= place for stream, place in before.items())
+
+
+def test_the_chunk_worth_least_goes() -> None:
+    with make_vram(layers=WIDE, vram=(8,), warm=(12,)) as it:
+        it.vram.warm_up([ExpertKey(0, expert) for expert in range(8)])
+        slots = it.vram.slots.slot_of[:8].tolist()
+        base = it.vram.base.data_ptr()
+        in_base = [it.tier.memory(slot).data_ptr() - base in (0, PAGE) for slot in slots]
+        others = [expert for expert in range(8) if not in_base[expert]]
+        chunk_of = {expert: slots[expert] // 2 for expert in others}
+        poor = [e for e in others if chunk_of[e] == chunk_of[others[-1]]]
+        for _ in range(3):
+            step(it, 0, *[e for e in range(8) if e not in poor][:2])
+            step(it, 0, *[e for e in range(8) if e not in poor][2:4])
+            step(it, 0, *[e for e in range(8) if e not in poor][4:6])
+        it.vram.shrink(1)
+        assert it.here(0) == set(range(8)) - set(poor)
+
+
+# -- the policy ----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4), max_size=4))
+def test_layers_that_found_everything_are_accounted_for_together(used: list[list[int]]) -> None:
+    with make_vram(vram=(18,), warm=(4,)) as it:
+        it.vram.warm_up([ExpertKey(layer, e) for layer in range(3) for e in range(6)])
+        it.vram.next_step()
+        it.vram.all_hit([(n % 3, np.array(experts)) for n, experts in enumerate(used)])
+        wanted = {(n % 3, expert) for n, experts in enumerate(used) for expert in experts}
+        assert it.rig.counters.hot == len(wanted)
+        last = it.rig.placement.policy.worth(np.arange(18), it.rig.placement.step)
+        assert {divmod(index, 6) for index in np.flatnonzero(last > 0).tolist()} == wanted

@@ -1,0 +1,383 @@
+"""The hot tier in VRAM: a cache of the warm tier, filled before the kernels that read it.
+
+Of what a layer wants, the device finds by itself what is here (the slot table); the host sees to
+the rest: `fetch` for decode, `stream` for prefill. Both yield lists of (expert, offset) as soon as
+the copies are *enqueued*; the caller then calls `copies.ready()` and launches kernels on them.
+
+Guarantees:
+- a kernel launched after `copies.ready()` sees the store's bytes at every offset yielded;
+- a lookup launched after a fetch or stream has ended finds in `table` exactly what is here;
+- no slot is overwritten while a kernel or a copy may read it: the slots of a call are leased until
+  copies are held back behind its kernels, or the call is over;
+- whatever prefill copies, it takes nothing that decode has proven.
+Assumes:
+- the host asks for a layer's experts only after it has read what that layer's router chose, so
+  that every kernel of earlier calls has ended, and every kernel of this layer that reads what the
+  device found by itself has been launched;
+- before it asks for the next experts of a call it has launched the kernels that read the last;
+- one fetch or stream at a time, and no lookup before it has ended: one that was given up half-way,
+  and that an exception's traceback may keep alive, ends with `abandon` or `next_step`.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tierrun.io.extent import format_bytes
+from tierrun.io.store import ExpertKey
+from tierrun.tiers.copies import Copies
+from tierrun.tiers.residency import Held, Residency
+from tierrun.tiers.slottable import SlotTable
+from tierrun.tiers.tier import NOBODY, Tier
+from tierrun.tiers.transfers import Transfers
+from tierrun.tiers.vramcall import VramCall
+from tierrun.tiers.vramslots import VramSlots
+
+log = logging.getLogger(__name__)
+
+_MOST_GROUP = 16
+"""Experts per group of a prefill: enough for large copies and few launches."""
+
+
+class Arrival(NamedTuple):
+    """An expert, and where its record begins, in bytes from `VramTier.base`."""
+
+    expert: int
+    offset: int
+
+
+class VramTier:
+    """What the engine asks for experts on a device.
+
+    `tier` holds its slots, in a slab on the device; `residency` everything below it, with no hot
+    tier of its own. `window` is how many reads run ahead of a prefill.
+    """
+
+    def __init__(self, residency: Residency, tier: Tier, copies: Copies, window: int = 1) -> None:
+        placement = residency.placement
+        assert placement.hot.num_slots == 0, "two hot tiers"
+        self.residency, self.copies = residency, copies
+        self._placement, self._tier, self._window = placement, tier, window
+        num_experts, device = int(placement.first[-1]), tier.slab.base.device
+        self._table = SlotTable(num_experts, device, copies)
+        self.slots = VramSlots(placement, tier, self._table)
+        placement.backed = self.slots.proven_experts
+        self._counters = placement.ledger.counters
+        self._transfers = Transfers(placement, self.slots, copies, placement.ledger)
+        self._call: VramCall | None = None
+        self._has_shrunk = False
+
+    @property
+    def base(self) -> torch.Tensor:
+        """uint8; the address that offsets count from. It stays the same as long as the tier."""
+        return self._tier.slab.base
+
+    @property
+    def table(self) -> torch.Tensor:
+        """int64 on the device, over all experts: offset from `base`, or −1. Never reallocated."""
+        return self._table.tensor
+
+    def table_of(self, layer: int) -> torch.Tensor:
+        """The part of `table` for the experts of one layer."""
+        first = self._placement.first
+        return self.table[int(first[layer]) : int(first[layer + 1])]
+
+    @property
+    def nbytes(self) -> int:
+        """VRAM taken now."""
+        return self._tier.slab.nbytes
+
+    # -- the clock and the policy ---------------------------------------------------------------
+
+    def next_step(self) -> None:
+        """See `Residency.next_step`; a call that was given up ends here, before any lookup."""
+        self.abandon()
+        self.residency.next_step()
+
+    def used(self, layer: int, experts: Sequence[int]) -> None:
+        """See `Residency.used`."""
+        self.residency.used(layer, experts)
+
+    def all_hit(self, calls: Sequence[tuple[int, NDArray[np.int64]]]) -> None:
+        """Account for layers all of whose experts the device has found here: (layer, experts).
+
+        They may name an expert several times. To be called before the next `fetch` or `stream`.
+        """
+        if not calls:
+            return
+        first = self._placement.first
+        experts = np.concatenate([experts + first[layer] for layer, experts in calls])
+        self._placement.policy.used(experts, self._placement.step)
+        self._counters.hot += len(set(experts.tolist()))
+        slots = self.slots.slot_of[experts]
+        unproven = slots[~self._tier.proven[slots] & (slots != NOBODY)]
+        if len(unproven):
+            self._admit(unproven.tolist())
+
+    def _admit(self, slots: Iterable[int]) -> None:
+        """Let those of `slots` stay that are worth it; demote what they displace."""
+        self._transfers.demote(self.slots.admit(slots))
+
+    # -- decode ---------------------------------------------------------------------------------
+
+    def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[list[Arrival]]:
+        """Bring those of the distinct `experts` of `layer` that are not here; lists as they come.
+
+        Those of the warm tier come first, together, then the others as their reads end. More than
+        the layer's top-k (of several tokens) are fetched in groups of so many.
+
+        Raises:
+            ReadError, CorruptError: the read of one failed; those yielded before are here.
+        """
+        call = self._begin(layer)
+        try:
+            hits, missing = self._split(layer, experts)
+            self.residency.used(layer, hits)
+            slots = self._lease_hits(call, hits)
+            call.launched()
+            for group in _groups(missing, self._placement.top_k[layer]):
+                yield from self._fetch_group(call, group)
+            self._admit(slots)
+        finally:
+            self._end(call)
+
+    def _fetch_group(self, call: VramCall, experts: list[int]) -> Iterator[list[Arrival]]:
+        self._make_idle()
+        lease = self.residency.lease(call.layer, experts)
+        with call.holding(lease):
+            warm, newcomers = list(lease.ready), list[int]()
+            if warm:
+                yield self._bring(call, warm, newcomers)
+                call.launched()
+            for held in lease.arrivals():
+                yield self._bring(call, [held], newcomers)
+                call.launched()
+        self._admit(newcomers)
+
+    def _bring(self, call: VramCall, held: list[Held], newcomers: list[int]) -> list[Arrival]:
+        self._make_room(call, len(held))
+        slots = self._copy_up(call, held)
+        newcomers += slots
+        return self._arrivals([one.expert for one in held], slots)
+
+    # -- prefill --------------------------------------------------------------------------------
+
+    def stream(
+        self, layer: int, experts: Sequence[int], group: int | None = None
+    ) -> Iterator[list[Arrival]]:
+        """Each of the distinct `experts` of `layer` once, in lists.
+
+        First all that are here, then the others in groups (of at most `group`), which are copied
+        while the group before is computed. They pass through unproven slots; free ones are filled
+        and kept, up to the layer's share of them.
+
+        Raises:
+            ReadError, CorruptError: as `fetch`.
+        """
+        yield from self._stream(layer, experts, group or _MOST_GROUP, self._share(layer))
+
+    def _stream(
+        self, layer: int, experts: Sequence[int], group: int, share: int
+    ) -> Iterator[list[Arrival]]:
+        call = self._begin(layer)
+        try:
+            hits, missing = self._split(layer, experts)
+            slots = self._lease_hits(call, hits)
+            if hits:
+                yield self._arrivals(hits, slots)
+                call.launched()
+            if missing:
+                yield from self._stream_missing(call, missing, group, share)
+        finally:
+            self._end(call)
+
+    def _stream_missing(
+        self, call: VramCall, missing: list[int], group: int, share: int
+    ) -> Iterator[list[Arrival]]:
+        # Two groups at a time, one being copied while the other is computed.
+        group = max(1, min(group, self.slots.reserve[call.record_class] // 2))
+        window = self._window_for(call.record_class, group)
+        source = self.residency.stream(call.layer, missing, window)
+        with call.holding(closing(cast(Generator[Held, None, None], source))):
+            for batch in _groups(missing, group):
+                self._make_room(call, len(batch))
+                arrived = list[Arrival]()
+                for _ in batch:
+                    self._transfers.reap(window - 1)  # what is held, the reads cannot reuse
+                    held = next(source)
+                    slots = self._copy_up(call, [held])
+                    arrived += self._arrivals([held.expert], slots)
+                    share -= self._keep(slots[0], share)
+                yield arrived
+                call.launched()
+
+    def _keep(self, slot: int, share: int) -> bool:
+        """Prove a slot that was free, while the layer's share and the reserve allow it."""
+        kept = share > 0 and self.slots.slack(int(self._tier.record_class[slot])) > 0
+        if kept:
+            self.slots.prove(slot)
+        return kept
+
+    def _share(self, layer: int) -> int:
+        """How many more experts of `layer` a prefill may keep: its part of the class's slots."""
+        placement = self._placement
+        record_class = placement.class_of_layer[layer]
+        sizes = np.diff(placement.first)
+        peers = np.array(placement.class_of_layer) == record_class
+        first, last = placement.first[layer], placement.first[layer + 1]
+        kept = int(self.slots.proven_experts[first:last].sum())
+        slots = self._tier.num_slots_of(record_class)
+        return int(slots * sizes[layer] // sizes[peers].sum()) - kept
+
+    def _window_for(self, record_class: int, group: int) -> int:
+        """Reads ahead: two groups at least, so that as many copies can be under way."""
+        most = self._placement.warm.num_slots_of(record_class) // 2
+        return max(1, min(max(self._window, 2 * group + 1), most))
+
+    # -- both -----------------------------------------------------------------------------------
+
+    def _begin(self, layer: int) -> VramCall:
+        self.abandon()
+        self._make_idle()
+        self._call = VramCall(layer, self._placement.class_of_layer[layer], self._tier, self.copies)
+        return self._call
+
+    def _end(self, call: VramCall) -> None:
+        """The call is over, or given up: publish what has come."""
+        call.close()
+        if self._call is not call:
+            return
+        self._call = None
+        self.slots.sweep()
+        self._table.flush()
+        self.copies.ready()
+
+    def _make_idle(self) -> None:
+        """No warm slot is held, none is being filled by a copy."""
+        self._transfers.settle()
+        self._transfers.reap()
+
+    def _split(self, layer: int, experts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Those that are here, which are counted, and those that are not."""
+        slots = self.slots.slot_of[self._placement.indices(layer, experts)].tolist()
+        hits = [e for e, slot in zip(experts, slots, strict=True) if slot != NOBODY]
+        missing = [e for e, slot in zip(experts, slots, strict=True) if slot == NOBODY]
+        self._counters.hot += len(hits)
+        return hits, missing
+
+    def _lease_hits(self, call: VramCall, hits: list[int]) -> list[int]:
+        slots: list[int] = self.slots.slot_of[self._placement.indices(call.layer, hits)].tolist()
+        call.lease(slots)
+        return slots
+
+    def _make_room(self, call: VramCall, count: int) -> None:
+        """Free `count` slots, and tell the device, before anything is copied into them."""
+        while not self.slots.make_room(call.record_class, count):
+            made = call.recycle() or self._transfers.settle()
+            assert made, "the reserve of slots is leased"
+        self._table.flush()
+
+    def _copy_up(self, call: VramCall, held: list[Held]) -> list[int]:
+        """Enqueue copies into slots for which room has been made, and publish them."""
+        experts = self._placement.indices(call.layer, [one.expert for one in held]).tolist()
+        slots = [self.slots.take(call.record_class, expert) for expert in experts]
+        self._transfers.promote([(one.slot, slot) for one, slot in zip(held, slots, strict=True)])
+        for slot in slots:
+            self.slots.publish(slot)
+        call.lease(slots)
+        return slots
+
+    def _arrivals(self, experts: list[int], slots: list[int]) -> list[Arrival]:
+        places = map(self.slots.offset, slots)
+        return [Arrival(*pair) for pair in zip(experts, places, strict=True)]
+
+    # -- beside them ----------------------------------------------------------------------------
+
+    def look_ahead(self, layer: int, experts: Sequence[int]) -> None:
+        """Read what `layer` is expected to want into the warm tier, unless it is here."""
+        self._transfers.settle()
+        slots = self.slots.slot_of[self._placement.indices(layer, experts)].tolist()
+        absent = [e for e, slot in zip(experts, slots, strict=True) if slot == NOBODY]
+        self.residency.look_ahead(layer, absent)
+
+    def warm_up(self, order: Iterable[ExpertKey]) -> None:
+        """Fill VRAM with the first of `order` that it can hold; nothing counts as a lookup.
+
+        Raises:
+            ReadError, CorruptError: a read failed.
+        """
+        classes = self._placement.class_of_layer
+        room = [self._tier.num_free(record_class) for record_class in range(max(classes) + 1)]
+        chosen: defaultdict[int, list[int]] = defaultdict(list)
+        for layer, expert in order:
+            absent = self.slots.slot_of[self._placement.first[layer] + expert] == NOBODY
+            if absent and room[classes[layer]] > 0:
+                room[classes[layer]] -= 1
+                chosen[layer].append(expert)
+        counters = self._counters
+        before = counters.hot, counters.warm, counters.cold
+        for layer, experts in sorted(chosen.items()):
+            for _ in self._stream(layer, experts, _MOST_GROUP, len(experts)):
+                pass
+        counters.hot, counters.warm, counters.cold = before
+
+    def shrink(self, nbytes: int) -> int:
+        """Give at least `nbytes` back to the device if that can be; the bytes that were given.
+
+        What is worth least goes, in chunks of the slab, as long as every layer can still run. Ends
+        a call under way; waits for the device.
+        """
+        self.abandon()
+        self._make_idle()
+        self.copies.synchronize()
+        given = 0
+        while given < nbytes and (dropped := self.slots.drop_least_chunk()):
+            given += dropped
+        self.copies.ready()
+        self._say_shrunk(given)
+        if given and self.base.is_cuda:
+            torch.cuda.empty_cache()
+        return given
+
+    def _say_shrunk(self, given: int) -> None:
+        if given and not self._has_shrunk:
+            self._has_shrunk = True
+            log.warning(
+                "the GPU's memory ran out: the hot tier gave %s back and goes on with %s",
+                format_bytes(given),
+                format_bytes(self.nbytes),
+            )
+
+    def abandon(self) -> None:
+        """End a fetch or stream that was given up; reads under way go on and are kept."""
+        if self._call is not None:
+            self._end(self._call)
+
+    def close(self) -> None:
+        """Wait for every copy; nothing may be asked for afterwards."""
+        self.abandon()
+        self._make_idle()
+        self.copies.synchronize()
+
+    def check_integrity(self) -> None:
+        """This tier's and the residency's books agree, also with the table on the device.
+
+        Between calls only: nothing is leased then. Waits for the device.
+        """
+        assert self._call is None, "a fetch or stream is under way"
+        self._make_idle()
+        self.copies.synchronize()
+        assert not self._tier.leases.any(), "leased between calls"
+        self.slots.check_integrity()
+        self.residency.check_integrity()
+
+
+def _groups(experts: list[int], most: int) -> Iterator[list[int]]:
+    for first in range(0, len(experts), most):
+        yield experts[first : first + most]

@@ -1,0 +1,62 @@
+"""One fetch or stream of the VRAM tier, and what it holds until it is over."""
+
+from collections import deque
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+
+from tierrun.tiers.copies import Barrier, Copies
+from tierrun.tiers.tier import Tier
+
+
+class VramCall:
+    """The slots in VRAM that kernels may read because of one fetch or stream.
+
+    Guarantees: a slot is given back only when copies enqueued later are behind the kernels that
+    read it, or when the call is over.
+    """
+
+    def __init__(self, layer: int, record_class: int, tier: Tier, copies: Copies) -> None:
+        self.layer, self.record_class = layer, record_class
+        self._tier, self._copies = tier, copies
+        self._slots: list[int] = []
+        self._launched: deque[tuple[Barrier, list[int]]] = deque()
+        self._stack = ExitStack()
+
+    def lease(self, slots: Sequence[int]) -> None:
+        """Kernels that read `slots` are about to be launched."""
+        for slot in slots:
+            self._tier.leases[slot] += 1
+            self._slots.append(slot)
+
+    def launched(self) -> None:
+        """The kernels that read what was leased since the last time are launched."""
+        if self._slots:
+            self._launched.append((self._copies.computed(), self._slots))
+            self._slots = []
+
+    def recycle(self) -> bool:
+        """Give back the oldest slots, once copies are behind their kernels; False if none."""
+        if not self._launched:
+            return False
+        barrier, slots = self._launched.popleft()
+        barrier()
+        self._give_back(slots)
+        return True
+
+    def holding(self, resource: AbstractContextManager[object]) -> ExitStack:
+        """`resource`, until the block ends, or the call does."""
+        self._stack.enter_context(resource)
+        return self._stack
+
+    def close(self) -> None:
+        """Give everything back; to be called any number of times."""
+        self._stack.close()
+        for _, slots in self._launched:
+            self._give_back(slots)
+        self._give_back(self._slots)
+        self._launched.clear()
+        self._slots = []
+
+    def _give_back(self, slots: list[int]) -> None:
+        for slot in slots:
+            self._tier.leases[slot] -= 1

@@ -1,0 +1,262 @@
+"""The slots in VRAM: which are free, proven or unproven, and who may stay.
+
+A missing expert is copied into a free or an unproven slot. If it then proves to be worth more than
+the least of the proven ones, the two change roles and nothing is copied: the other's slot becomes
+unproven, and goes on being hit until it is reused. So of each record class a *reserve* of slots is
+free or unproven at any time: at least the top-k of its layers, so that one layer's misses always
+find a place; more where that costs little, so that prefill has room to copy ahead.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tierrun.tiers.placement import Placement
+from tierrun.tiers.slottable import ABSENT, SlotTable
+from tierrun.tiers.tier import NOBODY, SlotState, Tier
+
+_SHARE_OF_RESERVE = 16
+_MOST_RESERVE = 32
+"""The reserve is at most a 16th of the slots, and 32, unless top-k is more."""
+
+
+@dataclass(slots=True)
+class _Ranking:
+    """Proven slots by worth at `step`, the least last; `worth` is what each was worth then."""
+
+    step: int = -1
+    slots: list[int] = field(default_factory=list)
+    worth: list[float] = field(default_factory=list)
+
+
+class VramSlots:
+    """Slots of `tier`, whose offsets `table` publishes. `slot_of` is −1 for experts elsewhere.
+
+    Guarantees: a leased slot is never taken from its expert; free and unproven slots of a class are
+    never fewer than its reserve.
+    """
+
+    def __init__(self, placement: Placement, tier: Tier, table: SlotTable) -> None:
+        self.tier, self.table, self._placement = tier, table, placement
+        num_experts, classes = len(table.mirror), range(len(tier.record_bytes))
+        self.slot_of: NDArray[np.int64] = np.full(num_experts, NOBODY, dtype=np.int64)
+        self.proven_experts: NDArray[np.bool_] = np.zeros(num_experts, dtype=np.bool_)
+        slots = range(len(tier.owner))
+        self._offsets = [tier.slab.offset(tier.memory(slot)) for slot in slots]
+        self._class = tier.record_class.tolist()
+        self._least = least_reserve(placement, tier)
+        self._unproven: list[dict[int, None]] = [{} for _ in classes]
+        self._rankings = [_Ranking() for _ in classes]
+        self.reserve = [self._reserve_of(record_class) for record_class in classes]
+
+    def _reserve_of(self, record_class: int) -> int:
+        slots = self.tier.num_slots_of(record_class)
+        ample = min(_MOST_RESERVE, slots // _SHARE_OF_RESERVE)
+        return min(slots, max(self._least[record_class], ample))
+
+    def offset(self, slot: int) -> int:
+        """Where the slot begins, in bytes from the slab's base."""
+        return self._offsets[slot]
+
+    def slack(self, record_class: int) -> int:
+        """How many more slots may become proven."""
+        open_slots = self.tier.num_free(record_class) + len(self._unproven[record_class])
+        return open_slots - self.reserve[record_class]
+
+    # -- filling --------------------------------------------------------------------------------
+
+    def make_room(self, record_class: int, count: int) -> bool:
+        """Evict unproven experts, the least worth first, until `count` slots are free.
+
+        False, and nothing is changed, where too few are unleased.
+        """
+        needed = count - self.tier.num_free(record_class)
+        if needed <= 0:
+            return True
+        leases = self.tier.leases
+        idle = [slot for slot in self._unproven[record_class] if leases[slot] == 0]
+        if len(idle) < needed:
+            return False
+        for place in np.argsort(self._worth(idle), kind="stable")[:needed].tolist():
+            self.evict(idle[place])
+        return True
+
+    def take(self, record_class: int, expert: int) -> int:
+        """A slot for a copy of `expert`, for which room has been made; unproven, not yet seen."""
+        slot = self.tier.take(record_class, expert, proven=False)
+        assert slot is not None, "no room was made"
+        return slot
+
+    def publish(self, slot: int) -> None:
+        """The copy into `slot` is enqueued: lookups that are enqueued later may find it."""
+        expert = int(self.tier.owner[slot])
+        self.tier.state[slot] = SlotState.READY
+        self.slot_of[expert] = slot
+        self.table.set(expert, self._offsets[slot])
+        self._unproven[self._class[slot]][slot] = None
+
+    def evict(self, slot: int) -> None:
+        """Free an unleased slot; its expert is nowhere in VRAM."""
+        expert = int(self.tier.owner[slot])
+        self.slot_of[expert] = NOBODY
+        self.proven_experts[expert] = False
+        self.table.clear(expert)
+        self._unproven[self._class[slot]].pop(slot, None)
+        self.tier.give(slot)
+
+    def sweep(self) -> None:
+        """Free the slots whose copy was never published, after an error."""
+        for slot in np.flatnonzero(self.tier.state == SlotState.FILLING).tolist():
+            self.tier.give(slot)
+
+    # -- staying --------------------------------------------------------------------------------
+
+    def admit(self, slots: Iterable[int]) -> list[int]:
+        """Prove those of `slots` that are worth it; the slots that became unproven instead."""
+        displaced = [self._admit(slot) for slot in slots]
+        return [slot for slot in displaced if slot is not None and not self.tier.proven[slot]]
+
+    def _admit(self, slot: int) -> int | None:
+        record_class = self._class[slot]
+        if slot not in self._unproven[record_class]:
+            return None
+        if self.slack(record_class) > 0:
+            self.prove(slot)
+            return None
+        rival = self._least_proven(record_class)
+        if rival is None:
+            return None
+        mine, its = self._worth([slot, rival])
+        if mine <= its:
+            return None
+        self.unprove(rival)
+        self.prove(slot)
+        return rival
+
+    def prove(self, slot: int) -> None:
+        """`slot` keeps its expert until a better one comes."""
+        self._set_proven(slot, True)
+        self._unproven[self._class[slot]].pop(slot, None)
+
+    def unprove(self, slot: int) -> None:
+        """`slot` may be reused."""
+        self._set_proven(slot, False)
+        self._unproven[self._class[slot]][slot] = None
+
+    def _set_proven(self, slot: int, proven: bool) -> None:
+        self.tier.proven[slot] = proven
+        self.proven_experts[self.tier.owner[slot]] = proven
+
+    def _least_proven(self, record_class: int) -> int | None:
+        """The proven slot that is worth least.
+
+        All are ranked once a step: within one, only those that are used or come change, and these
+        are worth more than they were.
+        """
+        ranking = self._rankings[record_class]
+        if ranking.step != self._placement.step:
+            self._rank(record_class)
+        slot = self._next_ranked(ranking)
+        if slot is None:
+            self._rank(record_class)
+            slot = self._next_ranked(ranking)
+        return slot
+
+    def _next_ranked(self, ranking: _Ranking) -> int | None:
+        while ranking.slots:
+            slot = ranking.slots[-1]
+            if self.tier.proven[slot] and self._worth([slot])[0] <= ranking.worth[-1]:
+                return slot
+            ranking.slots.pop()
+            ranking.worth.pop()
+        return None
+
+    def _rank(self, record_class: int) -> None:
+        proven = self.tier.proven & (self.tier.record_class == record_class)
+        slots = np.flatnonzero(proven)
+        worth = self._placement.policy.worth(self.tier.owner[slots], self._placement.step)
+        order = np.argsort(-worth, kind="stable")
+        ranking = self._rankings[record_class]
+        ranking.step = self._placement.step
+        ranking.slots, ranking.worth = slots[order].tolist(), worth[order].tolist()
+
+    def _worth(self, slots: Sequence[int]) -> NDArray[np.float64]:
+        owners = self.tier.owner[list(slots)]
+        return self._placement.policy.worth(owners, self._placement.step)
+
+    # -- shrinking ------------------------------------------------------------------------------
+
+    def drop_least_chunk(self) -> int:
+        """Give the chunk of the slab that is worth least back to the device; its bytes, or 0.
+
+        Nothing may be under way. One with a leased slot stays, as does one that a class needs.
+        """
+        chunks = [chunk for chunk in self.tier.slab.droppable if self._can_drop(chunk)]
+        if not chunks:
+            return 0
+        chunk = min(chunks, key=self._chunk_worth)
+        for slot in self._slots_of(chunk):
+            if self.tier.state[slot] == SlotState.READY:
+                self.evict(slot)
+        self.table.flush()
+        for extent in self.tier.slab.extents_of(chunk):
+            self.tier.retire(extent)
+        self._restore_reserves()
+        return self.tier.slab.drop(chunk)
+
+    def _slots_of(self, chunk: int) -> list[int]:
+        extents = self.tier.slab.extents_of(chunk)
+        return [slot for extent in extents for slot in self.tier.slots_in(extent)]
+
+    def _can_drop(self, chunk: int) -> bool:
+        slots = self._slots_of(chunk)
+        lost = np.bincount(self.tier.record_class[slots], minlength=len(self._least))
+        enough = all(
+            self.tier.num_slots_of(record_class) - lost[record_class] > self._least[record_class]
+            for record_class in np.flatnonzero(lost).tolist()
+        )
+        return enough and not self.tier.leases[slots].any()
+
+    def _chunk_worth(self, chunk: int) -> float:
+        owners = self.tier.owner[self._slots_of(chunk)]
+        held = owners[owners != NOBODY]
+        return float(self._placement.policy.worth(held, self._placement.step).sum())
+
+    def _restore_reserves(self) -> None:
+        for record_class in range(len(self.reserve)):
+            self.reserve[record_class] = self._reserve_of(record_class)
+            while self.slack(record_class) < 0:
+                weakest = self._least_proven(record_class)
+                assert weakest is not None, "a reserve larger than its class"
+                self.unprove(weakest)
+
+    def check_integrity(self) -> None:
+        """free + unproven + proven = slots, and table, mirror and slots tell the same story."""
+        tier = self.tier
+        tier.check_integrity()
+        ready = np.flatnonzero(tier.state == SlotState.READY).tolist()
+        assert {int(tier.owner[s]): s for s in ready} == {
+            int(expert): int(self.slot_of[expert])
+            for expert in np.flatnonzero(self.slot_of != NOBODY)
+        }, "slots and experts differ"
+        offsets = np.full(len(self.slot_of), ABSENT)
+        offsets[tier.owner[ready]] = [self._offsets[slot] for slot in ready]
+        assert np.array_equal(offsets, self.table.mirror), "slots and table differ"
+        unproven = {slot for slots in self._unproven for slot in slots}
+        assert unproven == {slot for slot in ready if not tier.proven[slot]}, "unproven differ"
+        proven = np.flatnonzero(self.proven_experts).tolist()
+        assert sorted(tier.owner[tier.proven].tolist()) == proven, "proven differ"
+        for record_class, reserve in enumerate(self.reserve):
+            assert reserve >= min(self._least[record_class], tier.num_slots_of(record_class))
+            assert self.slack(record_class) >= 0, "less than the reserve is free or unproven"
+        self.table.check_integrity()
+
+
+def least_reserve(placement: Placement, tier: Tier) -> list[int]:
+    """Per record class the largest top-k of its layers."""
+    least = [0] * len(tier.record_bytes)
+    for record_class, top_k in zip(placement.class_of_layer, placement.top_k, strict=True):
+        least[record_class] = max(least[record_class], top_k)
+    return least
