@@ -61,16 +61,17 @@ def parity_table(rows: Sequence[Row], tolerance: float, title: str) -> Table:
     """A line for each row, and one below it for each failure."""
     table = Table(title=title)
     shown = ("default", "exact", "compiled")
-    for name in ("", *shown, "eager, graphs", "as cpu", "graphs per token", ""):
+    for name in ("", *shown, "turned", "others", "eager, graphs", "as cpu", "graphs", ""):
         table.add_column(name, overflow="fold")
     for row in rows:
         errors = [row.arms[name].text() if name in row.arms else "" for name in shown]
         same = {True: "same", False: "DIFFERENT", None: ""}[row.same_tokens]
         verdict = "ok" if row.passed(tolerance) else "FAILED"
-        counts = (same, f"{row.cpu_tokens}/{STEPS}", row.captured, verdict)
+        steady = row.steady.text() if row.steady else ""
+        counts = (str(row.turned), steady, same, f"{row.cpu_tokens}/{STEPS}", row.captured, verdict)
         table.add_row(row.case.title, *errors, *counts)
         for part, text in row.failures.items():
-            table.add_row(f"  {part}", *[""] * 5, text, "")
+            table.add_row(f"  {part}", *[""] * 7, text, "")
     return table
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import tierrun
 from tierrun.bench import devices
@@ -61,12 +62,16 @@ class Errors(NamedTuple):
 class Row:
     """What was found; `arms` are default, exact, eager and compiled, as far as they ran.
 
+    `turned` counts the positions (of prompt and steps) at which some router chose otherwise than on
+    the CPU: a tie that rounding decides. `steady` are the errors of the others, in the eager pass.
     `same_tokens` compares eager and recorded passes; `cpu_tokens` counts the greedy tokens that are
     the CPU's before the first that is not. After a row that is `poisoned` the process is useless.
     """
 
     case: Case
     arms: dict[str, Errors] = field(default_factory=dict)
+    steady: Errors | None = None
+    turned: int = 0
     same_tokens: bool | None = None
     cpu_tokens: int = 0
     captured: str = ""
@@ -74,21 +79,39 @@ class Row:
     poisoned: bool = False
 
     def passed(self, tolerance: float) -> bool:
-        worst = max((max(errors) for errors in self.arms.values()), default=float("inf"))
+        worst = max(self.steady) if self.steady else float("inf")
         return not self.failures and bool(self.same_tokens) and worst <= tolerance
 
 
 class Seen(NamedTuple):
-    """What one engine gave: logits of prompt and decode steps, greedy tokens, graphs per token."""
+    """What one engine gave: logits of prompt and decode steps, greedy tokens, graphs per token.
+
+    `chosen` are the experts of every position before the greedy tokens, [positions, layers · k];
+    of recorded passes it holds nothing, since their routers do not pass by here.
+    """
 
     prefill: torch.Tensor
     decode: torch.Tensor
     greedy: list[int]
     captured: str
+    chosen: torch.Tensor
 
     def errors(self, truth: "Seen") -> Errors:
         return Errors(
             relative_error(self.prefill, truth.prefill), relative_error(self.decode, truth.decode)
+        )
+
+    def same_choices(self, truth: "Seen") -> tuple[torch.Tensor, torch.Tensor]:
+        """Whether all routers chose alike at each position of the prompt, and of the steps."""
+        same = (self.chosen == truth.chosen).all(dim=1)
+        return same[: len(self.prefill)], same[-len(self.decode) :]
+
+    def steady(self, truth: "Seen") -> Errors:
+        """The errors where all routers chose alike."""
+        prompt, steps = self.same_choices(truth)
+        return Errors(
+            relative_error(self.prefill[prompt], truth.prefill[prompt]),
+            relative_error(self.decode[steps], truth.decode[steps]),
         )
 
 
@@ -115,14 +138,46 @@ def observe(store: Path, setting: Setting) -> Seen:
         vocabulary = engine.model.config.get_text_config().vocab_size
         tokens = fixed_tokens(vocabulary, PROMPT_TOKENS + STEPS + 1)
         prompt, fixed = tokens[:PROMPT_TOKENS], tokens[PROMPT_TOKENS:]
-        prefill, recorder = engine.logits(prompt), _Recorder(fixed)
-        for _ in engine.session().generate(prompt, recorder, len(fixed)):
-            pass
+        recorder = _Recorder(fixed)
+        with _recorded_choices(engine) as choices:
+            prefill = engine.logits(prompt)
+            for _ in engine.session().generate(prompt, recorder, len(fixed)):
+                pass
+        chosen = _by_position(choices, len(engine.store.manifest.layers))
         greedy = engine.generate(prompt, STEPS, sampling=Sampling(temperature=0.0), ignore_eos=True)
         ids = [record.id for record in greedy]
         engine.check_integrity()
         captured = _captured(engine, setting, warnings)
-    return Seen(prefill, torch.stack(recorder.logits), ids, captured)
+    return Seen(prefill, torch.stack(recorder.logits), ids, captured, chosen)
+
+
+@contextmanager
+def _recorded_choices(engine: Engine) -> Iterator[list[torch.Tensor]]:
+    """The experts that every call of an experts layer is given meanwhile, sorted, [T, k] each."""
+    name: str = engine.model.config._experts_implementation
+    compute = ALL_EXPERTS_FUNCTIONS[name]
+    choices: list[torch.Tensor] = []
+
+    def record(module: Any, hidden: Any, top_k: torch.Tensor, weights: Any) -> Any:
+        if not torch.compiler.is_compiling() and not _is_recording():
+            choices.append(top_k.cpu().sort(dim=-1).values)
+        return compute(module, hidden, top_k, weights)
+
+    ALL_EXPERTS_FUNCTIONS.register(name, record)
+    try:
+        yield choices
+    finally:
+        ALL_EXPERTS_FUNCTIONS.register(name, compute)
+
+
+def _is_recording() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _by_position(choices: Sequence[torch.Tensor], num_layers: int) -> torch.Tensor:
+    """`choices` of calls, layer after layer, as [positions, layers · k]."""
+    layers = [torch.cat(tuple(choices[layer::num_layers])) for layer in range(num_layers)]
+    return torch.cat(layers, dim=1)
 
 
 def fixed_tokens(vocabulary: int, count: int) -> list[int]:
@@ -205,6 +260,8 @@ class _Trial:
 
 def _row(trial: _Trial, truth: Seen | None, seen: dict[str, Seen]) -> Row:
     exact, eager = seen.get("exact"), seen.get("eager")
+    steady = eager.steady(truth) if eager and truth else None
+    same = eager.same_choices(truth) if eager and truth else ()
     agreed = 0
     if exact is not None and truth is not None:
         pairs = zip(exact.greedy, truth.greedy, strict=True)
@@ -212,6 +269,8 @@ def _row(trial: _Trial, truth: Seen | None, seen: dict[str, Seen]) -> Row:
     return Row(
         trial.case,
         arms={} if truth is None else {name: arm.errors(truth) for name, arm in seen.items()},
+        steady=steady,
+        turned=sum(int((~part).sum()) for part in same),
         same_tokens=exact.greedy == eager.greedy if exact and eager else None,
         cpu_tokens=agreed,
         captured="" if exact is None else exact.captured,
@@ -236,7 +295,7 @@ def make_store(case: Case, directory: Path) -> Path:
         build_store(store, _QUANTISED, case.codec, case.codec)
     else:
         tiny_models().save_runnable(case.name, directory / "checkpoint")
-        tierrun.convert(directory / "checkpoint", store)
+        tierrun.convert(directory / "checkpoint", store, dtype="bf16")
     return store
 
 

@@ -131,7 +131,7 @@ class GpuBackend:
 
     def context(self) -> Context:
         """See `Backend`."""
-        return DeviceContext(self._runner, self._options.ubatch)
+        return DeviceContext(self._runner, self._options.ubatch, self._vram.shrink)
 
     def warm_up(self, order: Iterable[ExpertKey]) -> None:
         """See `Backend`."""

@@ -6,9 +6,9 @@ window, whose first slot stands for the position `base`, a tensor; when it is fu
 is moved to the front, between two tokens. Layers of other kinds (recurrent states, convolutions,
 indexers) are transformers' own.
 
-Two modes, chosen by the caller before each forward pass: *fixed* (decode: whole buffers and
-device-side positions, the same shapes for every token, as a graph wants) and *free* (prefill: host
-integers, only what is filled).
+Two modes, chosen by the caller before each forward pass: *fixed* (decode: device-side positions,
+and shapes that stay the same until the context outgrows the next power of two, as a graph wants)
+and *free* (prefill: host integers, only what is filled).
 """
 
 import logging
@@ -18,6 +18,7 @@ import torch
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import (
     STATIC_LAYER_TYPE_MAPPING,
+    StaticIndexedLayer,
     StaticLayer,
     get_layer_types_and_kwargs,
 )
@@ -27,6 +28,8 @@ from tierrun.io.errors import ModelError
 log = logging.getLogger(__name__)
 
 _WINDOWS = ("sliding_attention", "chunked_attention")
+
+_LEAST_BUCKET = 512
 
 _TAKEN_OVER = {
     kind: STATIC_LAYER_TYPE_MAPPING[kind]
@@ -41,6 +44,7 @@ class FullLayer(StaticLayer):  # type: ignore[no-untyped-call]
     def __init__(self, capacity: int, dtype: torch.dtype) -> None:
         super().__init__(max_cache_len=capacity)
         self.kept_dtype, self.fixed, self.length = dtype, False, 0
+        self.visible = capacity
         self.base_length = 0
         self.base = torch.zeros((), dtype=torch.int64)
 
@@ -54,7 +58,7 @@ class FullLayer(StaticLayer):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append; all that may be attended to, whole buffers in fixed mode."""
+        """Append; all that may be attended to, with what is masked beyond it in fixed mode."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
@@ -65,7 +69,7 @@ class FullLayer(StaticLayer):  # type: ignore[no-untyped-call]
             self.keys.index_copy_(2, places, keys)
             self.values.index_copy_(2, places, values)
             self.cumulative_length.add_(count)
-            return self.keys, self.values
+            return self.keys[:, :, : self.visible], self.values[:, :, : self.visible]
         first = self.length - self.base_length
         self.keys[:, :, first : first + count] = keys
         self.values[:, :, first : first + count] = values
@@ -75,7 +79,7 @@ class FullLayer(StaticLayer):  # type: ignore[no-untyped-call]
 
     def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
         if self.fixed:
-            return self.max_cache_len, self.base
+            return self.visible, self.base
         return self.length - self.base_length + query_length, self.base_length
 
     def get_seq_length(self) -> Any:
@@ -127,7 +131,8 @@ class FixedCache(Cache):
         kinds, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         pairs = zip(kinds, arguments, strict=True)
         super().__init__([_layer(kind, given, capacity, chunk, dtype) for kind, given in pairs])
-        self.length = 0
+        self.length, self.bucket, self._capacity = 0, capacity, capacity
+        self.has_buckets = not any(isinstance(layer, StaticIndexedLayer) for layer in self.layers)
 
     @property
     def held(self) -> "FixedCache":
@@ -147,10 +152,19 @@ class FixedCache(Cache):
     @torch.inference_mode()
     def begin(self, count: int, *, fixed: bool) -> None:
         """A forward pass of `count` tokens follows."""
+        self.bucket = self._bucket(self.length + count)
         for layer in self.layers:
             if isinstance(layer, FullLayer):
                 layer.make_room(count)
                 layer.fixed = fixed
+                if not isinstance(layer, WindowLayer):
+                    layer.visible = min(self.bucket, layer.max_cache_len)
+
+    def _bucket(self, length: int) -> int:
+        """How much of the buffers a fixed pass sees: shapes change each time it doubles."""
+        if not self.has_buckets:
+            return self._capacity
+        return min(self._capacity, max(_LEAST_BUCKET, 1 << (length - 1).bit_length()))
 
     def end(self, count: int) -> None:
         """It is over: `count` tokens more are held."""
@@ -170,8 +184,8 @@ class FixedCache(Cache):
 class GrowingCache:
     """A cache of the model's own making, for architectures that want it so; grows by copying."""
 
-    fits_graphs = False
-    nbytes = 0
+    fits_graphs = has_buckets = False
+    nbytes = bucket = 0
 
     def __init__(self) -> None:
         self.held: Cache | None = None

@@ -3,13 +3,12 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from tierrun.engine.architecture import keeps_few_logits
-from tierrun.engine.experts import Interrupted
 from tierrun.engine.gpu.cache import FixedCache, GrowingCache
 from tierrun.engine.gpu.compiling import CompiledLayers
 from tierrun.engine.gpu.experts import DeviceExperts, NoExperts
@@ -18,6 +17,16 @@ from tierrun.engine.gpu.ops import DECODE_TOKENS
 from tierrun.io.errors import DeviceError
 
 log = logging.getLogger(__name__)
+
+_GIVEN_BACK = 256 << 20
+"""Bytes that the hot tier gives back at once when the device runs out of memory."""
+
+
+class _Recording(NamedTuple):
+    """The graphs of one shape of cache, and the logits that their replay fills."""
+
+    graph: SegmentedGraph
+    logits: torch.Tensor
 
 
 class DeviceRunner:
@@ -42,21 +51,23 @@ class DeviceRunner:
         self._token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self._device = device
         self._compiled = compiled
+        if compiled is not None:
+            cache.has_buckets = False  # each would be compiled anew
         self._graphs = graphs and device.type == "cuda" and cache.fits_graphs
-        self._graph: SegmentedGraph | None = None
-        self._logits = torch.empty(0)
+        self._recorded: dict[int, _Recording] = {}
         self.owner: object | None = None
 
     @property
     def num_segments(self) -> int:
         """Graphs per token; 0 while decode is eager."""
-        return self._graph.num_segments if self._graph else 0
+        return max((r.graph.num_segments for r in self._recorded.values()), default=0)
 
     def forward(self, tokens: Sequence[int], *, last_only: bool) -> torch.Tensor:
         """The logits after each of `tokens`, or the last: fp32 [n, vocab] on the CPU.
 
         Raises:
-            DeviceError: the device ran out of memory, or failed.
+            DeviceError: the device failed.
+            torch.OutOfMemoryError: as it says; the context needs a reset.
         """
         count, fixed = len(tokens), len(tokens) <= DECODE_TOKENS
         self.cache.begin(count, fixed=fixed)
@@ -77,10 +88,11 @@ class DeviceRunner:
         return self._pass(ids, last_only)[0].float().cpu()
 
     def _decode(self) -> torch.Tensor:
-        """One token through the graph, which is recorded after a first eager one."""
-        if self._graph is not None:
-            self._graph.replay()
-            return self._logits
+        """One token through its graph, which is recorded after a first eager pass of its shapes."""
+        recording = self._recorded.get(self.cache.bucket)
+        if recording is not None:
+            recording.graph.replay()
+            return recording.logits
         with self._compiled.active() if self._compiled else nullcontext():
             logits = self._pass(self._token, True)
             if self._graphs:
@@ -92,8 +104,10 @@ class DeviceRunner:
         graph = SegmentedGraph()
         self._experts.cut = graph.cut
         try:
-            self._logits = graph.record(lambda: self._pass(self._token, True))
-            self._graph = graph
+            logits = graph.record(lambda: self._pass(self._token, True))
+            self._recorded[self.cache.bucket] = _Recording(graph, logits)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             self._graphs = False
             reason = str(error).strip().splitlines()[0]
@@ -115,20 +129,35 @@ class DeviceContext:
     """One sequence on a runner that several take turns on.
 
     The device holds one cache: a context that comes back after another has used it computes its
-    past again, at the speed of a prompt.
+    past again, at the speed of a prompt. `shrink` takes bytes from the hot tier for the device.
     """
 
-    def __init__(self, runner: DeviceRunner, chunk: int) -> None:
-        self._runner, self._chunk = runner, chunk
+    def __init__(self, runner: DeviceRunner, chunk: int, shrink: Callable[[int], int]) -> None:
+        self._runner, self._chunk, self._shrink = runner, chunk, shrink
         self._past: list[int] = []
 
     def forward(self, tokens: Sequence[int], *, last_only: bool) -> torch.Tensor:
-        """See `tierrun.engine.context.Context`."""
-        if self._runner.owner is not self:
-            self._take_over()
-        logits = self._runner.forward(tokens, last_only=last_only)
-        self._past += tokens
-        return logits
+        """See `tierrun.engine.context.Context`.
+
+        Where the device's memory runs out (another process wants it), the hot tier gives some back
+        and the pass is made once more, from the beginning of the context.
+        """
+        while True:
+            try:
+                if self._runner.owner is not self:
+                    self._take_over()
+                logits = self._runner.forward(tokens, last_only=last_only)
+            except torch.OutOfMemoryError as error:
+                self._runner.owner = None
+                if not self._shrink(_GIVEN_BACK):
+                    reason = str(error).split(". ")[0]
+                    raise DeviceError(
+                        f"the GPU is out of memory: {reason}; lower -c or -ub, or close what "
+                        "else uses it"
+                    ) from error
+            else:
+                self._past += tokens
+                return logits
 
     def reset(self) -> None:
         """See `tierrun.engine.context.Context`."""
@@ -148,11 +177,9 @@ def _device_errors() -> Iterator[None]:
     """What the device does wrong, in one line."""
     try:
         yield
-    except (Interrupted, DeviceError):
-        raise
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
-        raise DeviceError(f"the GPU is out of memory: {reason}; lower --vram or -c") from error
     except torch.AcceleratorError as error:
         reason = str(error).strip().splitlines()[0]
         raise DeviceError(f"the GPU failed: {reason}; the store is untouched") from error
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DeviceError(f"compiling failed: {reason}; use --compile off") from error

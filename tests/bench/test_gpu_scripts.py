@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,9 +156,20 @@ def test_parity_end_to_end(
         gpu_parity.main(device="cpu", only="gpt2")
 
 
+def test_a_turned_choice_is_told_apart() -> None:
+    chosen = torch.tensor([[0, 1], [2, 3], [0, 2]])
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    truth = Seen(logits, logits[:1], [], "", chosen)
+    ours = Seen(logits.flip(0), logits[:1] * 1.01, [], "", torch.tensor([[0, 1], [2, 7], [0, 2]]))
+    prompt, steps = ours.same_choices(truth)
+    assert prompt.tolist() == [True, False] and steps.tolist() == [True]
+    assert ours.steady(truth).decode == pytest.approx(0.01)
+
+
 def test_verdicts() -> None:
-    good = Row(Case("olmoe"), {"exact": Errors(1e-3, 2e-3)}, same_tokens=True)
+    good = Row(Case("olmoe"), steady=Errors(1e-3, 2e-3), same_tokens=True)
     assert good.passed(2e-3) and not good.passed(1e-3)
+    assert not replace(good, same_tokens=False).passed(1.0)
     assert not Row(Case("olmoe")).passed(1.0)
     assert relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
 
