@@ -14,7 +14,7 @@ from tierrun.bench import devices, gpu_decode, gpu_parity, gpu_soak, synthetic_s
 from tierrun.bench.devices import Setting, budget, bytes_per_token
 from tierrun.bench.gpu_parity import Workers
 from tierrun.bench.gpu_soak import Look, Soak
-from tierrun.bench.parity_rows import STEPS, Case, Errors, Row, relative_error, run_case
+from tierrun.bench.parity_rows import STEPS, Case, Errors, Row, Seen, relative_error, run_case
 from tierrun.io.errors import TierrunError, UsageError
 from tierrun.io.store import Store
 from tierrun.tiers.ledger import Counters
