@@ -34,8 +34,8 @@ _Stream: Callable[..., torch.cuda.Stream] = torch.cuda.Stream
 _Event: Callable[..., torch.cuda.Event] = torch.cuda.Event
 
 _RING_ROWS = 64
-_RING_PAIRS = 256
-"""Table entries that one small copy carries."""
+_FEW_PAIRS, _MANY_PAIRS = 16, 256
+"""Table entries that one small copy carries: those of a miss or two, those of a prefill."""
 
 
 class Copy(Protocol):
@@ -133,7 +133,7 @@ class CudaCopies:
         self._up = _Stream(device, priority=-1)
         self._down = _Stream(device)
         self._enqueued = _Event()
-        self._ring = _Ring(device)
+        self._few, self._many = _Ring(device, _FEW_PAIRS), _Ring(device, _MANY_PAIRS)
 
     def to_device(self, pairs: Pairs) -> Copy:
         """See `Copies`."""
@@ -148,10 +148,11 @@ class CudaCopies:
         self, table: torch.Tensor, indices: NDArray[np.int64], values: NDArray[np.int64]
     ) -> None:
         """See `Copies`."""
-        for first in range(0, len(indices), _RING_PAIRS):
-            last = first + _RING_PAIRS
-            with torch.cuda.stream(self._up):
-                self._ring.scatter(table, indices[first:last], values[first:last])
+        ring = self._few if len(indices) <= _FEW_PAIRS else self._many
+        with torch.cuda.stream(self._up):
+            for first in range(0, len(indices), ring.pairs):
+                last = first + ring.pairs
+                ring.scatter(self._up, table, indices[first:last], values[first:last])
 
     def ready(self) -> None:
         """See `Copies`."""
@@ -186,24 +187,45 @@ class _Ring:
     row on the host an event says so.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        shape = (_RING_ROWS, 2 * _RING_PAIRS)
-        self._host = torch.empty(shape, dtype=torch.int64, pin_memory=True)
-        self._values = self._host.numpy()
-        self._there = torch.empty(shape, dtype=torch.int64, device=device)
-        self._sent = [_Event() for _ in range(_RING_ROWS)]
+    def __init__(self, device: torch.device, pairs: int) -> None:
+        shape = (_RING_ROWS, 2 * pairs)
+        host = torch.empty(shape, dtype=torch.int64, pin_memory=True)
+        there = torch.empty(shape, dtype=torch.int64, device=device)
+        self.pairs = pairs
+        self._rows = [_Row(*row, pairs) for row in zip(host, there, strict=True)]
         self._next = 0
 
     def scatter(
-        self, table: torch.Tensor, indices: NDArray[np.int64], values: NDArray[np.int64]
+        self,
+        stream: torch.cuda.Stream,
+        table: torch.Tensor,
+        indices: NDArray[np.int64],
+        values: NDArray[np.int64],
     ) -> None:
-        """Enqueue on the current stream."""
-        row, count = self._next, len(indices)
-        self._next = (row + 1) % _RING_ROWS
-        self._sent[row].synchronize()
-        self._values[row, :count] = indices
-        self._values[row, count : 2 * count] = values
-        there = self._there[row, : 2 * count]
-        there.copy_(self._host[row, : 2 * count], non_blocking=True)
-        self._sent[row].record()
-        table.scatter_(0, there[:count], there[count:])
+        """Enqueue on `stream`, which is the current one: between 1 and `pairs` entries."""
+        row = self._rows[self._next]
+        self._next = (self._next + 1) % _RING_ROWS
+        row.fill(indices, values)
+        row.send(stream, table)
+
+
+class _Row:
+    """`pairs` table entries, and every view of them that is ever needed."""
+
+    def __init__(self, host: torch.Tensor, there: torch.Tensor, pairs: int) -> None:
+        self._host, self._there = host, there
+        self._indices, self._values = host.numpy()[:pairs], host.numpy()[pairs:]
+        self._places, self._entries = there[:pairs], there[pairs:]
+        self._sent = _Event()
+
+    def fill(self, indices: NDArray[np.int64], values: NDArray[np.int64]) -> None:
+        """Write entries, the first of them again and again where there are fewer than `pairs`."""
+        self._sent.synchronize()
+        count = len(indices)
+        self._indices[:count], self._indices[count:] = indices, indices[0]
+        self._values[:count], self._values[count:] = values, values[0]
+
+    def send(self, stream: torch.cuda.Stream, table: torch.Tensor) -> None:
+        self._there.copy_(self._host, non_blocking=True)
+        self._sent.record(stream)
+        table.scatter_(0, self._places, self._entries)

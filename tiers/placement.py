@@ -53,11 +53,13 @@ class Placement:
     ) -> None:
         self.hot, self.warm = hot, warm
         self.landing = warm if warm.num_slots else hot
+        self.promotes = bool(hot.num_slots and warm.num_slots)
         self.policy, self.queue, self.ledger = policy, queue, ledger
         self.class_of_layer = [layer.record_class for layer in manifest.layers]
         self.top_k = [layer.top_k for layer in manifest.layers]
         sizes = [len(layer.records) for layer in manifest.layers]
         self.first = np.cumsum([0, *sizes]).astype(np.int64)
+        self._first: list[int] = self.first.tolist()
         self.homes: dict[int, Home] = {}
         self.backed: NDArray[np.bool_] | None = None
         """Over experts: what a cache above these tiers holds, so that nothing is lost here."""
@@ -66,16 +68,20 @@ class Placement:
 
     def indices(self, layer: int, experts: Sequence[int]) -> Experts:
         """The numbers of a layer's experts over all layers, as policies count."""
-        return np.asarray(experts, dtype=np.int64) + int(self.first[layer])
+        return np.array(experts, dtype=np.int64) + self._first[layer]
+
+    def index(self, layer: int, expert: int) -> int:
+        """The number of one of them."""
+        return self._first[layer] + expert
 
     def home(self, layer: int, expert: int) -> Home | None:
-        return self.homes.get(int(self.first[layer]) + expert)
+        return self.homes.get(self._first[layer] + expert)
 
     # -- taking a slot --------------------------------------------------------------------------
 
     def take(self, key: ExpertKey, *, proven: bool) -> int | None:
         """A free landing slot for `key`, or None."""
-        index = int(self.first[key.layer]) + key.expert
+        index = self.index(*key)
         slot = self.landing.take(self.class_of_layer[key.layer], index, proven=proven)
         if slot is not None:
             self.homes[index] = Home(self.landing, slot)
@@ -160,6 +166,8 @@ class Placement:
 
     def harvest(self) -> None:
         """Settle every slot whose read has ended, unless somebody waits for it: he settles it."""
+        if not self.landing.tickets:
+            return
         for slot, ticket in list(self.landing.tickets.items()):
             if ticket.ended and self.landing.leases[slot] == 0:
                 self.settle(slot)

@@ -60,16 +60,16 @@ class Lfru:
         self._half_life = half_life
 
     def used(self, experts: Experts, step: int) -> None:
-        self._count[experts] = self._decayed(experts, step) + 1.0
+        idle = step - self._last[experts]
+        self._count[experts] = self._decayed(experts, idle) + 1.0
         self._last[experts] = step
 
     def worth(self, experts: Experts, step: int) -> NDArray[np.float64]:
-        age = step - self._last[experts] + 1
-        return self._decayed(experts, step) / age
-
-    def _decayed(self, experts: Experts, step: int) -> NDArray[np.float64]:
         idle = step - self._last[experts]
-        decayed: NDArray[np.float64] = self._count[experts] * np.exp2(-idle / self._half_life)
+        return self._decayed(experts, idle) / (idle + 1)
+
+    def _decayed(self, experts: Experts, idle: Experts) -> NDArray[np.float64]:
+        decayed: NDArray[np.float64] = self._count[experts] * np.exp2(idle / -self._half_life)
         return decayed
 
 

@@ -147,6 +147,8 @@ class Residency:
 
         Dropped is also what has lost its slot before the layer came.
         """
+        if not self._ahead[layer]:
+            return
         homes = {expert: self.placement.home(layer, expert) for expert in self._ahead[layer]}
         self._ahead[layer].clear()
         lost = sum(home is None for home in homes.values())
@@ -252,13 +254,12 @@ class Lease:
         for held in self.ready:
             held.tier.leases[held.slot] -= 1
         self._pending.clear()
-        self._promote([held.slot for held in self.ready if held.tier is self._placement.warm])
+        if self._placement.promotes:
+            self._promote([held.slot for held in self.ready if held.tier is self._placement.warm])
         self.ready = []
 
     def _promote(self, slots: Sequence[int]) -> None:
         """Move up to `_PROMOTIONS_PER_LAYER` of the warm experts just used to the hot tier."""
-        if self._placement.hot.num_slots == 0 or self._placement.warm.num_slots == 0:
-            return
         moved = 0
         for slot in slots:
             moved += self._placement.promote(slot)

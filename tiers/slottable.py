@@ -15,7 +15,8 @@ class SlotTable:
 
     `tensor` is on the device; `mirror` is what it will say once all that was flushed has run.
     Changes are collected and flushed together, in order with the copies to the device: an entry
-    that is flushed after a record's copy is seen by no kernel before that record is there.
+    that is flushed after a record's copy is seen by no kernel before that record is there. Between
+    a copy into a reused slot and the flush, the tensor still has an entry of whom it held before.
     """
 
     def __init__(self, num_experts: int, device: torch.device, copies: Copies) -> None:

@@ -41,6 +41,8 @@ class Transfers:
         self._placement, self._slots, self._copies = placement, slots, copies
         self._warm, self._counters = placement.warm, ledger.counters
         self._promotions: deque[tuple[Copy, list[int]]] = deque()
+        self._held = 0
+        """Warm slots in `_promotions`."""
         self._demotions: list[tuple[Copy, list[tuple[int, int]]]] = []
         self._sinking: set[int] = set()
 
@@ -51,16 +53,20 @@ class Transfers:
         up = [(self._slots.tier.memory(to), self._warm.memory(source)) for source, to in pairs]
         sources = [source for source, _ in pairs]
         copy = self._copies.to_device(up)
-        self._warm.leases[sources] += 1
+        for source in sources:
+            self._warm.leases[source] += 1
+        self._held += len(sources)
         self._promotions.append((copy, sources))
         self._counters.promoted_bytes += sum(target.numel() for target, _ in up)
 
     def reap(self, most: int = 0) -> None:
         """Wait until at most `most` warm slots are held."""
-        while sum(len(sources) for _, sources in self._promotions) > most:
+        while self._held > most:
             copy, sources = self._promotions.popleft()
             self._counters.copy_seconds += copy.wait()
-            self._warm.leases[sources] -= 1
+            for source in sources:
+                self._warm.leases[source] -= 1
+            self._held -= len(sources)
 
     # -- down -----------------------------------------------------------------------------------
 
@@ -95,6 +101,8 @@ class Transfers:
 
     def settle(self) -> bool:
         """Wait for every demotion, and let its expert be found; False if there was none."""
+        if not self._demotions:
+            return False
         demotions, self._demotions = self._demotions, []
         for copy, pairs in demotions:
             self._counters.copy_seconds += copy.wait()
@@ -102,7 +110,7 @@ class Transfers:
                 self._slots.tier.leases[source] -= 1
                 self._placement.arrive(target)
         self._sinking.clear()
-        return bool(demotions)
+        return True
 
     def _landing_for(self, slot: int) -> int | None:
         """A warm slot for what `slot` holds, FILLING; None if it is there, or not worth it."""
@@ -140,6 +148,7 @@ class Transfers:
                 backed = self._slots.proven_experts[warm.owner[slot]]
                 if backed and warm.leases[slot] == 1 and warm.record_class[slot] == record_class:
                     sources.remove(slot)
+                    self._held -= 1
                     warm.leases[slot] -= 1
                     self._placement.vacate(slot)
                     return True

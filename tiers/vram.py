@@ -22,7 +22,6 @@ Assumes:
 import logging
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -111,8 +110,9 @@ class VramTier:
         """
         if not calls:
             return
-        first = self._placement.first
-        experts = np.concatenate([experts + first[layer] for layer, experts in calls])
+        layers, chosen = zip(*calls, strict=True)
+        experts = np.concatenate(chosen)
+        experts += np.repeat(self._placement.first[list(layers)], list(map(len, chosen)))
         self._placement.policy.used(experts, self._placement.step)
         self._counters.hot += len(set(experts.tolist()))
         slots = self.slots.slot_of[experts]
@@ -120,9 +120,11 @@ class VramTier:
         if len(unproven):
             self._admit(unproven.tolist())
 
-    def _admit(self, slots: Iterable[int]) -> None:
+    def _admit(self, slots: Sequence[int]) -> None:
         """Let those of `slots` stay that are worth it; demote what they displace."""
-        self._transfers.demote(self.slots.admit(slots))
+        displaced = self.slots.admit(slots)
+        if displaced:
+            self._transfers.demote(displaced)
 
     # -- decode ---------------------------------------------------------------------------------
 
@@ -138,26 +140,24 @@ class VramTier:
         call = self._begin(layer)
         try:
             hits, missing = self._split(layer, experts)
-            self.residency.used(layer, hits)
-            slots = self._lease_hits(call, hits)
-            call.launched()
+            self.residency.used(layer, list(hits))
+            call.lease(hits.values())
             for group in _groups(missing, self._placement.top_k[layer]):
                 yield from self._fetch_group(call, group)
-            self._admit(slots)
+            self._admit(list(hits.values()))
         finally:
             self._end(call)
 
     def _fetch_group(self, call: VramCall, experts: list[int]) -> Iterator[list[Arrival]]:
         self._make_idle()
         lease = self.residency.lease(call.layer, experts)
-        with call.holding(lease):
-            warm, newcomers = list(lease.ready), list[int]()
-            if warm:
-                yield self._bring(call, warm, newcomers)
-                call.launched()
-            for held in lease.arrivals():
-                yield self._bring(call, [held], newcomers)
-                call.launched()
+        call.hold(lease.release)
+        warm, newcomers = list(lease.ready), list[int]()
+        if warm:
+            yield self._bring(call, warm, newcomers)
+        for held in lease.arrivals():
+            yield self._bring(call, [held], newcomers)
+        call.let_go()
         self._admit(newcomers)
 
     def _bring(self, call: VramCall, held: list[Held], newcomers: list[int]) -> list[Arrival]:
@@ -188,9 +188,9 @@ class VramTier:
         call = self._begin(layer)
         try:
             hits, missing = self._split(layer, experts)
-            slots = self._lease_hits(call, hits)
+            call.lease(hits.values())
             if hits:
-                yield self._arrivals(hits, slots)
+                yield self._arrivals(list(hits), list(hits.values()))
                 call.launched()
             if missing:
                 yield from self._stream_missing(call, missing, group, share)
@@ -204,18 +204,19 @@ class VramTier:
         group = max(1, min(group, self.slots.reserve[call.record_class] // 2))
         window = self._window_for(call.record_class, group)
         source = self.residency.stream(call.layer, missing, window)
-        with call.holding(closing(cast(Generator[Held, None, None], source))):
-            for batch in _groups(missing, group):
-                self._make_room(call, len(batch))
-                arrived = list[Arrival]()
-                for _ in batch:
-                    self._transfers.reap(window - 1)  # what is held, the reads cannot reuse
-                    held = next(source)
-                    slots = self._copy_up(call, [held])
-                    arrived += self._arrivals([held.expert], slots)
-                    share -= self._keep(slots[0], share)
-                yield arrived
-                call.launched()
+        call.hold(cast(Generator[Held, None, None], source).close)
+        for batch in _groups(missing, group):
+            self._make_room(call, len(batch))
+            arrived = list[Arrival]()
+            for _ in batch:
+                self._transfers.reap(window - 1)  # what is held, the reads cannot reuse
+                held = next(source)
+                slots = self._copy_up(call, [held])
+                arrived += self._arrivals([held.expert], slots)
+                share -= self._keep(slots[0], share)
+            yield arrived
+            call.launched()
+        call.let_go()
 
     def _keep(self, slot: int, share: int) -> bool:
         """Prove a slot that was free, while the layer's share and the reserve allow it."""
@@ -249,7 +250,7 @@ class VramTier:
         return self._call
 
     def _end(self, call: VramCall) -> None:
-        """The call is over, or given up: publish what has come."""
+        """The call is over, or given up: publish what has come and what has gone."""
         call.close()
         if self._call is not call:
             return
@@ -263,29 +264,25 @@ class VramTier:
         self._transfers.settle()
         self._transfers.reap()
 
-    def _split(self, layer: int, experts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Those that are here, which are counted, and those that are not."""
+    def _split(self, layer: int, experts: Sequence[int]) -> tuple[dict[int, int], list[int]]:
+        """Those that are here, with their slots, which are counted; and those that are not."""
         slots = self.slots.slot_of[self._placement.indices(layer, experts)].tolist()
-        hits = [e for e, slot in zip(experts, slots, strict=True) if slot != NOBODY]
-        missing = [e for e, slot in zip(experts, slots, strict=True) if slot == NOBODY]
+        hits = {e: slot for e, slot in zip(experts, slots, strict=True) if slot != NOBODY}
+        missing = [e for e in experts if e not in hits]
         self._counters.hot += len(hits)
         return hits, missing
 
-    def _lease_hits(self, call: VramCall, hits: list[int]) -> list[int]:
-        slots: list[int] = self.slots.slot_of[self._placement.indices(call.layer, hits)].tolist()
-        call.lease(slots)
-        return slots
-
     def _make_room(self, call: VramCall, count: int) -> None:
-        """Free `count` slots, and tell the device, before anything is copied into them."""
+        """Free `count` slots. The table goes on naming whom they held until the call is over:
+        nobody looks anything up before."""
         while not self.slots.make_room(call.record_class, count):
             made = call.recycle() or self._transfers.settle()
             assert made, "the reserve of slots is leased"
-        self._table.flush()
 
     def _copy_up(self, call: VramCall, held: list[Held]) -> list[int]:
         """Enqueue copies into slots for which room has been made, and publish them."""
-        experts = self._placement.indices(call.layer, [one.expert for one in held]).tolist()
+        index = self._placement.index
+        experts = [index(call.layer, one.expert) for one in held]
         slots = [self.slots.take(call.record_class, expert) for expert in experts]
         self._transfers.promote([(one.slot, slot) for one, slot in zip(held, slots, strict=True)])
         for slot in slots:

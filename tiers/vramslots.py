@@ -7,7 +7,7 @@ free or unproven at any time: at least the top-k of its layers, so that one laye
 find a place; more where that costs little, so that prefill has room to copy ahead.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,11 @@ from tierrun.tiers.placement import Placement
 from tierrun.tiers.slottable import ABSENT, SlotTable
 from tierrun.tiers.tier import NOBODY, SlotState, Tier
 
+_READY = int(SlotState.READY)
+
+_RANKED = 32
+"""Slots that are ranked at once: more than one step displaces, most of the time."""
+
 _SHARE_OF_RESERVE = 16
 _MOST_RESERVE = 32
 """The reserve is at most a 16th of the slots, and 32, unless top-k is more."""
@@ -24,7 +29,7 @@ _MOST_RESERVE = 32
 
 @dataclass(slots=True)
 class _Ranking:
-    """Proven slots by worth at `step`, the least last; `worth` is what each was worth then."""
+    """The proven slots of least worth at `step`, the least last, and what each was worth then."""
 
     step: int = -1
     slots: list[int] = field(default_factory=list)
@@ -48,6 +53,7 @@ class VramSlots:
         self._class = tier.record_class.tolist()
         self._least = least_reserve(placement, tier)
         self._unproven: list[dict[int, None]] = [{} for _ in classes]
+        self._filling: set[int] = set()
         self._rankings = [_Ranking() for _ in classes]
         self.reserve = [self._reserve_of(record_class) for record_class in classes]
 
@@ -79,7 +85,8 @@ class VramSlots:
         idle = [slot for slot in self._unproven[record_class] if leases[slot] == 0]
         if len(idle) < needed:
             return False
-        for place in np.argsort(self._worth(idle), kind="stable")[:needed].tolist():
+        worth = self._worth(idle)
+        for place in np.argsort(worth, kind="stable")[:needed].tolist():
             self.evict(idle[place])
         return True
 
@@ -87,12 +94,14 @@ class VramSlots:
         """A slot for a copy of `expert`, for which room has been made; unproven, not yet seen."""
         slot = self.tier.take(record_class, expert, proven=False)
         assert slot is not None, "no room was made"
+        self._filling.add(slot)
         return slot
 
     def publish(self, slot: int) -> None:
         """The copy into `slot` is enqueued: lookups that are enqueued later may find it."""
         expert = int(self.tier.owner[slot])
-        self.tier.state[slot] = SlotState.READY
+        self.tier.state[slot] = _READY
+        self._filling.discard(slot)
         self.slot_of[expert] = slot
         self.table.set(expert, self._offsets[slot])
         self._unproven[self._class[slot]][slot] = None
@@ -108,28 +117,29 @@ class VramSlots:
 
     def sweep(self) -> None:
         """Free the slots whose copy was never published, after an error."""
-        for slot in np.flatnonzero(self.tier.state == SlotState.FILLING).tolist():
+        for slot in self._filling:
             self.tier.give(slot)
+        self._filling.clear()
 
     # -- staying --------------------------------------------------------------------------------
 
-    def admit(self, slots: Iterable[int]) -> list[int]:
+    def admit(self, slots: Sequence[int]) -> list[int]:
         """Prove those of `slots` that are worth it; the slots that became unproven instead."""
-        displaced = [self._admit(slot) for slot in slots]
+        if not any(slot in self._unproven[self._class[slot]] for slot in slots):
+            return []
+        worth = self._worth(slots).tolist()
+        displaced = [self._admit(*pair) for pair in zip(slots, worth, strict=True)]
         return [slot for slot in displaced if slot is not None and not self.tier.proven[slot]]
 
-    def _admit(self, slot: int) -> int | None:
+    def _admit(self, slot: int, worth: float) -> int | None:
         record_class = self._class[slot]
         if slot not in self._unproven[record_class]:
             return None
         if self.slack(record_class) > 0:
             self.prove(slot)
             return None
-        rival = self._least_proven(record_class)
-        if rival is None:
-            return None
-        mine, its = self._worth([slot, rival])
-        if mine <= its:
+        rival, its = self._least_proven(record_class)
+        if rival is None or worth <= its:
             return None
         self.unprove(rival)
         self.prove(slot)
@@ -149,41 +159,46 @@ class VramSlots:
         self.tier.proven[slot] = proven
         self.proven_experts[self.tier.owner[slot]] = proven
 
-    def _least_proven(self, record_class: int) -> int | None:
-        """The proven slot that is worth least.
+    def _least_proven(self, record_class: int) -> tuple[int | None, float]:
+        """The proven slot that is worth least, and its worth.
 
-        All are ranked once a step: within one, only those that are used or come change, and these
-        are worth more than they were.
+        The least are ranked once a step: within one, only those that are used or come change, and
+        these are worth more than they were.
         """
         ranking = self._rankings[record_class]
         if ranking.step != self._placement.step:
             self._rank(record_class)
-        slot = self._next_ranked(ranking)
+        slot, worth = self._next_ranked(ranking)
         if slot is None:
             self._rank(record_class)
-            slot = self._next_ranked(ranking)
-        return slot
+            slot, worth = self._next_ranked(ranking)
+        return slot, worth
 
-    def _next_ranked(self, ranking: _Ranking) -> int | None:
+    def _next_ranked(self, ranking: _Ranking) -> tuple[int | None, float]:
         while ranking.slots:
             slot = ranking.slots[-1]
-            if self.tier.proven[slot] and self._worth([slot])[0] <= ranking.worth[-1]:
-                return slot
+            if self.tier.proven[slot]:
+                worth = float(self._worth([slot])[0])
+                if worth <= ranking.worth[-1]:
+                    return slot, worth
             ranking.slots.pop()
             ranking.worth.pop()
-        return None
+        return None, 0.0
 
     def _rank(self, record_class: int) -> None:
         proven = self.tier.proven & (self.tier.record_class == record_class)
         slots = np.flatnonzero(proven)
         worth = self._placement.policy.worth(self.tier.owner[slots], self._placement.step)
+        if len(slots) > _RANKED:
+            least = np.flatnonzero(worth <= np.partition(worth, _RANKED)[_RANKED])
+            slots, worth = slots[least], worth[least]
         order = np.argsort(-worth, kind="stable")
         ranking = self._rankings[record_class]
         ranking.step = self._placement.step
         ranking.slots, ranking.worth = slots[order].tolist(), worth[order].tolist()
 
     def _worth(self, slots: Sequence[int]) -> NDArray[np.float64]:
-        owners = self.tier.owner[list(slots)]
+        owners = self.tier.owner[slots]
         return self._placement.policy.worth(owners, self._placement.step)
 
     # -- shrinking ------------------------------------------------------------------------------
@@ -228,7 +243,7 @@ class VramSlots:
         for record_class in range(len(self.reserve)):
             self.reserve[record_class] = self._reserve_of(record_class)
             while self.slack(record_class) < 0:
-                weakest = self._least_proven(record_class)
+                weakest, _ = self._least_proven(record_class)
                 assert weakest is not None, "a reserve larger than its class"
                 self.unprove(weakest)
 

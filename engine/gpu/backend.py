@@ -20,6 +20,7 @@ from tierrun.engine.gpu.cache import FixedCache, GrowingCache, make_cache
 from tierrun.engine.gpu.context import DeviceContext, DeviceRunner
 from tierrun.engine.gpu.experts import DEVICE_EXPERTS, DeviceExperts, NoExperts, forget
 from tierrun.engine.gpu.norms import fuse_norms
+from tierrun.engine.gpu.routers import fuse_routers
 from tierrun.engine.gpu.weights import to_device
 from tierrun.engine.kernels.cpu import CpuKernels
 from tierrun.engine.model import load_model
@@ -60,7 +61,8 @@ class GpuBackend:
         )
         with _room_for("the resident weights"):
             resident = to_device(self.model, device)
-            fuse_norms(self.model)
+            fused = fuse_norms(self.model), fuse_routers(self.model)
+            log.debug("fused %d norms and %d routers", *fused)
         with _room_for(f"a context of {capacity} tokens (-c)"):
             cache, workspace = self._measured_cache()
         workspace += self._experts_workspace(store)
@@ -168,7 +170,7 @@ class GpuBackend:
         config = self.model.config
         chunk = min(self._options.ubatch, self._capacity)
         for dtype in (torch.float16, torch.float32):
-            cache = make_cache(config, self._capacity, chunk, dtype)
+            cache = make_cache(config, self._capacity, chunk, dtype, self._device)
             if isinstance(cache, GrowingCache):
                 break
             try:

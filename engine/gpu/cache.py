@@ -12,6 +12,7 @@ and *free* (prefill: host integers, only what is filled).
 """
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +24,14 @@ from transformers.cache_utils import (
     get_layer_types_and_kwargs,
 )
 
+from tierrun.engine.gpu.ops import append
 from tierrun.io.errors import ModelError
 
 log = logging.getLogger(__name__)
 
 _WINDOWS = ("sliding_attention", "chunked_attention")
 
+_CPU = torch.device("cpu")
 _LEAST_BUCKET = 512
 
 _TAKEN_OVER = {
@@ -41,18 +44,18 @@ _TAKEN_OVER = {
 class FullLayer(StaticLayer):  # type: ignore[no-untyped-call]
     """Keys and values of all `capacity` positions, [1, heads, capacity, dim] in `dtype`."""
 
-    def __init__(self, capacity: int, dtype: torch.dtype) -> None:
+    def __init__(self, capacity: int, dtype: torch.dtype, position: torch.Tensor) -> None:
         super().__init__(max_cache_len=capacity)
+        self.cumulative_length = position  # of the whole cache, which moves it between passes
         self.kept_dtype, self.fixed, self.length = dtype, False, 0
         self.visible = capacity
         self.base_length = 0
-        self.base = torch.zeros((), dtype=torch.int64)
+        self.base = torch.zeros_like(position)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(
             key_states.to(self.kept_dtype), value_states.to(self.kept_dtype)
         )
-        self.base = self.base.to(self.device)
         torch._dynamo.mark_static_address(self.base)
 
     def update(
@@ -62,19 +65,14 @@ class FullLayer(StaticLayer):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        count = key_states.shape[-2]
-        keys, values = key_states.to(self.kept_dtype), value_states.to(self.kept_dtype)
         if self.fixed:
-            places = torch.arange(count, device=self.device) + (self.cumulative_length - self.base)
-            self.keys.index_copy_(2, places, keys)
-            self.values.index_copy_(2, places, values)
-            self.cumulative_length.add_(count)
+            place = self.cumulative_length, self.base
+            append(key_states, value_states, self.keys, self.values, *place)
             return self.keys[:, :, : self.visible], self.values[:, :, : self.visible]
         first = self.length - self.base_length
-        self.keys[:, :, first : first + count] = keys
-        self.values[:, :, first : first + count] = values
-        self.cumulative_length.add_(count)
-        end = first + count
+        end = first + key_states.shape[-2]
+        self.keys[:, :, first:end] = key_states
+        self.values[:, :, first:end] = value_states
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
@@ -90,7 +88,6 @@ class FullLayer(StaticLayer):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         self.length = self.base_length = 0
-        self.cumulative_length.zero_()
         self.base.zero_()
 
 
@@ -99,8 +96,8 @@ class WindowLayer(FullLayer):  # type: ignore[no-untyped-call]
 
     is_sliding = True
 
-    def __init__(self, window: int, spare: int, dtype: torch.dtype) -> None:
-        super().__init__(window - 1 + spare, dtype)
+    def __init__(self, window: int, spare: int, dtype: torch.dtype, position: torch.Tensor) -> None:
+        super().__init__(window - 1 + spare, dtype, position)
         self.window = window
 
     def make_room(self, count: int) -> None:
@@ -126,11 +123,18 @@ class FixedCache(Cache):
     fits_graphs = True
 
     def __init__(
-        self, config: PreTrainedConfig, capacity: int, chunk: int, dtype: torch.dtype
+        self,
+        config: PreTrainedConfig,
+        capacity: int,
+        chunk: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
+        self._position = torch.zeros((), dtype=torch.int64, device=device)
+        make = partial(_layer, capacity=capacity, chunk=chunk, dtype=dtype, position=self._position)
         kinds, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         pairs = zip(kinds, arguments, strict=True)
-        super().__init__([_layer(kind, given, capacity, chunk, dtype) for kind, given in pairs])
+        super().__init__([make(kind, given) for kind, given in pairs])
         self.length, self.bucket, self._capacity = 0, capacity, capacity
         self.has_buckets = not any(isinstance(layer, StaticIndexedLayer) for layer in self.layers)
 
@@ -168,17 +172,21 @@ class FixedCache(Cache):
 
     def end(self, count: int) -> None:
         """It is over: `count` tokens more are held."""
-        self.length += count
+        self._set_length(self.length + count)
+
+    def _set_length(self, length: int) -> None:
+        self.length = length
+        self._position.fill_(length)
         for layer in self.layers:
             if isinstance(layer, FullLayer):
-                layer.length = self.length
+                layer.length = length
 
     @torch.inference_mode()
     def reset(self) -> None:
         """Forget the context; the memory stays."""
-        self.length = 0
         for layer in self.layers:
             layer.reset()
+        self._set_length(0)
 
 
 class GrowingCache:
@@ -208,23 +216,35 @@ class GrowingCache:
 
 
 def make_cache(
-    config: PreTrainedConfig, capacity: int, chunk: int, dtype: torch.dtype
+    config: PreTrainedConfig,
+    capacity: int,
+    chunk: int,
+    dtype: torch.dtype,
+    device: torch.device = _CPU,
 ) -> FixedCache | GrowingCache:
     """A fixed cache, or the model's own where there is no fixed one for it; says so."""
     try:
-        return FixedCache(config, capacity, chunk, dtype)
+        return FixedCache(config, capacity, chunk, dtype, device)
     except ModelError as error:
         log.warning("the key-value cache grows by copying, and decode has no graphs: %s", error)
         return GrowingCache()
 
 
-def _layer(kind: str, given: dict[str, Any], capacity: int, chunk: int, dtype: torch.dtype) -> Any:
+def _layer(
+    kind: str,
+    given: dict[str, Any],
+    *,
+    capacity: int,
+    chunk: int,
+    dtype: torch.dtype,
+    position: torch.Tensor,
+) -> Any:
     """The cache layer for one of transformers' layer types."""
     window = given.get("sliding_window")
     if kind in _WINDOWS and window is not None and window - 1 + chunk < capacity:
-        return WindowLayer(window, chunk, dtype)
+        return WindowLayer(window, chunk, dtype, position)
     if kind in ("full_attention", *_WINDOWS):
-        return FullLayer(capacity, dtype)
+        return FullLayer(capacity, dtype, position)
     if kind not in _TAKEN_OVER:
         raise ModelError(f"layers of type {kind} have no cache of fixed size in transformers")
     return _TAKEN_OVER[kind](max_cache_len=capacity, **given)

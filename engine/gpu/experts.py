@@ -24,7 +24,7 @@ from tierrun.engine.experts import Interrupted
 from tierrun.engine.gpu.compute import ExpertCompute, Prefill
 from tierrun.engine.gpu.layout import expert_layout
 from tierrun.engine.gpu.letters import Letter, Mailboxes
-from tierrun.engine.gpu.ops import DECODE_TOKENS
+from tierrun.engine.gpu.ops import DECODE_TOKENS, weighted_sum
 from tierrun.engine.kernels.lookup import look_up
 from tierrun.io.store import Manifest
 from tierrun.tiers.vram import VramTier
@@ -238,8 +238,11 @@ def _experts_forward(
     outputs = _experts(hidden, top_k_index, module.tierrun_key)
     if module.has_post_expert_norm:
         outputs = module.post_expert_norm(outputs)
-    weighted: torch.Tensor = (outputs * top_k_weights[..., None]).sum(dim=1)
-    return weighted.to(hidden.dtype)
+    if torch.compiler.is_compiling():  # fused with what follows
+        weighted: torch.Tensor = (outputs * top_k_weights[..., None]).sum(dim=1)
+        return weighted
+    summed: torch.Tensor = weighted_sum(outputs, top_k_weights)
+    return summed
 
 
 ALL_EXPERTS_FUNCTIONS.register(DEVICE_EXPERTS, _experts_forward)

@@ -33,12 +33,13 @@ def test_bytes_go_there_and_back(kind: str) -> None:
 
 
 @kinds
-def test_a_table_is_written_after_the_copies_before_it(kind: str) -> None:
+@pytest.mark.parametrize("stride", [3, 97])
+def test_a_table_is_written_after_the_copies_before_it(kind: str, stride: int) -> None:
     copies = make_copies(kind)
     table = torch.full((1000,), -1, dtype=torch.int64, device=device_of(copies))
     expected = table.cpu().clone()
     for first in range(100):  # more often than there are rows in the ring
-        indices = np.arange(first, 1000, 3)
+        indices = np.arange(first, 1000, stride)
         values = indices * 10 + first
         copies.to_device([(there(copies), bytes_of(first % 256))])
         copies.scatter(table, indices, values)

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,18 +87,21 @@ def published_wrongly(it: VramRig) -> list[int]:
     return wrong
 
 
-def test_at_no_time_does_the_table_point_at_other_bytes() -> None:
-    """Looked at after every single thing that the stream of copies does."""
-    streams = FakeStreams()
+@pytest.mark.parametrize("seed", [None, *range(5)])
+def test_no_lookup_finds_an_entry_that_points_at_other_bytes(seed: int | None) -> None:
+    """The whole table, as a kernel sees it that is launched after a call and runs at any time."""
+    streams = FakeStreams(None if seed is None else random.Random(seed))
     with make_vram(streams, vram=(3,), warm=(3,)) as it:
+        wrong: list[list[int]] = []
         for token in range(12):
             it.vram.next_step()
             for layer in range(3):
                 first = (5 * token + layer) % 6
                 it.decode(layer, [first, (first + 1 + token % 5) % 6])
-                while streams.up.try_one() or streams.compute.try_one():
-                    assert published_wrongly(it) == []
+                streams.compute.enqueue(lambda: wrong.append(published_wrongly(it)))
             it.account()
+        streams.synchronize()
+        assert wrong == [[]] * 36 and it.rig.counters.promoted_bytes > 36 * PAGE
 
 
 def test_a_fetch_waits_for_no_copy() -> None:
