@@ -3,7 +3,7 @@
     python -m tierrun.bench.kernels_matmul [--out $OUT/matmul.json]
 
 2048 tokens through resident matrices and through the experts of one layer (both products, tokens
-routed at random), in a few ways of launching each; the rate of an 8192³ product of torch's in bf16,
+routed at random), as the engine launches them (--sweep: in other ways too); the rate of an 8192³ product of torch's in bf16,
 measured in the same run, is the yardstick. Weights are copied so often that no cache holds them.
 """
 
@@ -100,16 +100,16 @@ class Result(NamedTuple):
     share: float
 
 
-def cases() -> Iterator[Case]:
-    """All that are timed."""
+def cases(sweep: bool) -> Iterator[Case]:
+    """As the engine launches them; or, with `sweep`, in the other ways too."""
     for layer, codec in itertools.product(LAYERS, TIMED):
-        tried = DENSE if codec in DTYPES else PACKED
         rows = TOKENS * layer.top_k / layer.experts if layer.experts else TOKENS
-        if not layer.experts:
-            launches = tried[128][:1] if codec in DTYPES else tried[128]  # torch's own product
-            yield from (Case(layer, codec, 128, launch) for launch in launches)
+        own = matmul.group_block(rows) if layer.experts else matmul.block_of(rows)
+        if not sweep:
+            yield Case(layer, codec, own, matmul.LAUNCHES[codec not in DTYPES, own])
             continue
-        for block in (64, 128) if rows <= 256 else (128,):
+        tried = DENSE if codec in DTYPES else PACKED
+        for block in (64, 128) if layer.experts and rows <= 256 else (128,):
             yield from (Case(layer, codec, block, launch) for launch in tried[block])
 
 
@@ -248,9 +248,9 @@ def table(results: Sequence[Result], rate: float) -> Table:
     return made
 
 
-def _time_all(rate: float) -> list[Result]:
+def _time_all(rate: float, sweep: bool) -> list[Result]:
     results = []
-    for case in cases():
+    for case in cases(sweep):
         seconds = timed(prepare(case, TOKENS, copies=4))
         flops = case.layer.flops(TOKENS) / seconds
         results.append(Result(case, seconds, flops, flops / rate))
@@ -274,18 +274,19 @@ def _described(result: Result) -> dict[str, Any]:
 def main(
     out: Annotated[Path | None, typer.Option(help="Write the results here, as JSON.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that compile.")] = 12,
+    sweep: Annotated[bool, typer.Option(help="Try other launch parameters too.")] = False,
 ) -> None:
     """Check and time prefill's matrix products on this machine's GPU."""
     if not torch.cuda.is_available():
         raise UsageError("there is no GPU here")
     console = open_console()
     with ProcessPoolExecutor(min(workers, os.cpu_count() or 1), get_context("spawn")) as pool:
-        list(pool.map(compile_one, cases()))
+        list(pool.map(compile_one, cases(sweep)))
     errors = {codec: max(check(codec, tokens) for tokens in (20, 200)) for codec in CHECKED}
     for codec, error in errors.items():
         console.print(f"{codec}: error {error:.1e}{'' if error < 5e-5 else '  WRONG'}")
     rate = yardstick()
-    results = _time_all(rate)
+    results = _time_all(rate, sweep)
     console.print(table(best(results), rate))
     found = {
         "errors": errors,

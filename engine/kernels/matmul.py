@@ -24,6 +24,7 @@ PADDING = 128
 """Arranged activations end in zeros up to a multiple of this; no launch has more inputs a step."""
 
 
+_LARGEST_GROUP = 128
 _NO_GATE = Gate("none")
 _DTYPES = {
     torch.bfloat16: geometry.BF16,
@@ -95,7 +96,13 @@ def group(top_k: torch.Tensor, experts: int) -> Grouping:
     order = torch.sort(ids, stable=True).indices.to(torch.int32)
     counts: list[int] = torch.bincount(ids, minlength=experts).tolist()
     mean = len(ids) / max(1, sum(count > 0 for count in counts))
-    return Grouping(order, tuple(accumulate(counts, initial=0)), top_k.shape[1], block_of(mean))
+    starts = tuple(accumulate(counts, initial=0))
+    return Grouping(order, starts, top_k.shape[1], group_block(mean))
+
+
+def group_block(rows: float) -> int:
+    """Tokens of a tile of experts that have so many each."""
+    return min(_LARGEST_GROUP, block_of(rows))
 
 
 def block_of(rows: float) -> int:
