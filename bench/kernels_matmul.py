@@ -3,8 +3,9 @@
     python -m tierrun.bench.kernels_matmul [--out $OUT/matmul.json]
 
 2048 tokens through resident matrices and through the experts of one layer (both products, tokens
-routed at random), as the engine launches them (--sweep: in other ways too); the rate of an 8192³ product of torch's in bf16,
-measured in the same run, is the yardstick. Weights are copied so often that no cache holds them.
+routed at random), as the engine launches them (--sweep: in other ways too). The yardstick is the
+rate of an 8192³ product of torch's in bf16, measured in the same run. Weights are copied so often
+that no cache holds them.
 """
 
 import itertools
