@@ -7,7 +7,7 @@ are kept apart by top-k slot and summed in that order afterwards, so the result 
 where an expert was. Prefill streams every expert of the layer through VRAM once.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -66,7 +66,10 @@ class DeviceExperts:
         self._mailboxes = Mailboxes(len(modules), most, pinned=device.type == "cuda")
         self._staging = _Staging(most, device)
         self._unaccounted: list[tuple[int, NDArray[np.int64]]] = []
-        self.usage = [torch.zeros(len(x.records), dtype=torch.int64) for x in manifest.layers]
+        sizes = [len(layer.records) for layer in manifest.layers]
+        counts = torch.zeros(sum(sizes), dtype=torch.int64)
+        self.usage = list(counts.split(sizes))
+        self._counts, self._first = counts.numpy(), np.cumsum([0, *sizes])
         self.interrupted = False
         self.cut: Cut | None = None
         for layer, module in enumerate(modules):
@@ -125,7 +128,7 @@ class DeviceExperts:
 
     def _fetch(self, call: _Call, letter: Letter) -> None:
         """Compute the assignments that had no slot, as their experts come into VRAM."""
-        self._count(call.layer, letter.experts)
+        self._count([(call.layer, letter.experts)])
         wanted = list(dict.fromkeys(letter.experts.tolist()))
         for arrived in self._vram.fetch(call.layer, wanted):
             slots = np.full(call.assignments, -1, dtype=np.int64)
@@ -139,13 +142,14 @@ class DeviceExperts:
 
     def _account(self) -> None:
         """Tell policy and counters of the layers that found everything in VRAM."""
-        for layer, experts in self._unaccounted:
-            self._count(layer, experts)
+        self._count(self._unaccounted)
         self._vram.all_hit(self._unaccounted)
         self._unaccounted.clear()
 
-    def _count(self, layer: int, experts: NDArray[np.int64]) -> None:
-        np.add.at(self.usage[layer].numpy(), experts, 1)
+    def _count(self, calls: Sequence[tuple[int, NDArray[np.int64]]]) -> None:
+        if calls:
+            places = [experts + self._first[layer] for layer, experts in calls]
+            np.add.at(self._counts, np.concatenate(places), 1)
 
     # -- prefill --------------------------------------------------------------------------------
 
