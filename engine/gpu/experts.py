@@ -68,7 +68,7 @@ class DeviceExperts:
         self._unaccounted: list[tuple[int, NDArray[np.int64]]] = []
         sizes = [len(layer.records) for layer in manifest.layers]
         counts = torch.zeros(sum(sizes), dtype=torch.int64)
-        self.usage = list(counts.split(sizes))
+        self.usage = list(torch.split(counts, sizes))
         self._counts, self._first = counts.numpy(), np.cumsum([0, *sizes])
         self.interrupted = False
         self.cut: Cut | None = None
