@@ -17,6 +17,7 @@ from tierrun.io.extent import format_bytes
 from tierrun.io.header import build_header
 
 _SHARD_BYTES = 2 << 30
+_CONTEXT = 40960
 _STRIDE = 4099
 """Elements (a prime) between the windows of two matrices in the random buffer."""
 
@@ -140,7 +141,7 @@ def build_checkpoint(directory: Path, shape: Shape, seed: int = 0) -> int:
         places |= {weight.name: name for weight in group}
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    _config(shape).save_pretrained(directory)
+    config_of(shape).save_pretrained(directory)
     return total
 
 
@@ -181,7 +182,8 @@ def _write_shard(path: Path, group: list[Weight], maker: _Maker) -> None:
         os.close(descriptor)
 
 
-def _config(shape: Shape) -> Qwen3MoeConfig:
+def config_of(shape: Shape) -> Qwen3MoeConfig:
+    """The configuration of a Qwen3-MoE of that shape."""
     build: Callable[..., Qwen3MoeConfig] = Qwen3MoeConfig  # its stub lacks head_dim
     return build(
         architectures=["Qwen3MoeForCausalLM"],
@@ -197,5 +199,6 @@ def _config(shape: Shape) -> Qwen3MoeConfig:
         num_experts=shape.experts,
         num_experts_per_tok=shape.top_k,
         norm_topk_prob=True,
+        max_position_embeddings=_CONTEXT,
         tie_word_embeddings=False,
     )

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,11 +24,10 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
-from transformers import Qwen3MoeConfig
 from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
 import tierrun
-from tierrun.bench.checkpoint import Shape, Weight
+from tierrun.bench.checkpoint import Shape, Weight, config_of
 from tierrun.bench.random_weights import generator, matrix_bytes, weight_bytes
 from tierrun.bench.report import open_console, run_script
 from tierrun.bench.store_plan import (
@@ -58,7 +57,6 @@ DISTINCT_RECORDS = 64
 
 _OURS = re.compile(r"^(experts|resident)-\d{5}-of-\d{5}\.safetensors$")
 _THREADS = min(16, os.cpu_count() or 1)
-_CONTEXT = 40960
 
 
 class Like(StrEnum):
@@ -107,7 +105,7 @@ def build_store(
     with _disk_errors(directory, plan.nbytes):
         directory.mkdir(parents=True, exist_ok=True)
         _clear(directory, plan.nbytes, force)
-        _config(shape).save_pretrained(directory / MODEL_DIR)
+        config_of(shape).save_pretrained(directory / MODEL_DIR)
         with ThreadPoolExecutor(_THREADS) as pool:
             checksums = _write_residents(pool, directory, plan, seed)
             records = _make_records(pool, plan, seed)
@@ -150,27 +148,6 @@ def _clear(directory: Path, needed: int, force: bool) -> None:
     (directory / MANIFEST).unlink(missing_ok=True)
     for path in old:
         path.unlink()
-
-
-def _config(shape: Shape) -> Qwen3MoeConfig:
-    build: Callable[..., Qwen3MoeConfig] = Qwen3MoeConfig  # its stub lacks head_dim
-    return build(
-        architectures=["Qwen3MoeForCausalLM"],
-        dtype="bfloat16",
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        moe_intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        num_experts=shape.experts,
-        num_experts_per_tok=shape.top_k,
-        norm_topk_prob=True,
-        max_position_embeddings=_CONTEXT,
-        tie_word_embeddings=False,
-    )
 
 
 @contextmanager
@@ -255,7 +232,7 @@ def _manifest(
     return Manifest(
         tool=f"tierrun {tierrun.__version__}",
         model_id="synthetic",
-        architecture=_config(plan.shape).model_type,
+        architecture=config_of(plan.shape).model_type,
         fingerprint=fingerprint,
         classes=(plan.record,),
         layers=tuple(_layers(plan, records)),

@@ -1,6 +1,7 @@
 """The whole GPU engine: on a GPU where there is one, else small, with interpreted kernels."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -29,7 +30,8 @@ class GpuEngine(Engine):
 
 
 def load(model: Model, **options: Any) -> GpuEngine:
-    return GpuEngine(Store.open([model.store]), Options(ram="1GiB", device="cpu", **options))
+    given = Options(ram="1GiB", device="cpu", ubatch=PREFILL, **options)
+    return GpuEngine(Store.open([model.store]), given)
 
 
 def outcome(engine: Engine) -> torch.Tensor:
@@ -40,33 +42,58 @@ def outcome(engine: Engine) -> torch.Tensor:
     return torch.cat([prompt, torch.stack(steps)])
 
 
+@pytest.fixture(scope="module")
+def outcome_with(model_of: Callable[[str], Model]) -> Callable[[str, str], torch.Tensor]:
+    """(family, --vram) → what an exact engine gives, with its books checked."""
+
+    @cache
+    def make(family: str, vram: str) -> torch.Tensor:
+        with load(model_of(family), vram=vram, exact=True) as engine:
+            found = outcome(engine)
+            engine.check_integrity()
+            assert engine.stats().hot_bytes <= int(vram)
+            assert engine.stats().counters.hot and engine.stats().counters.cold
+        return found
+
+    return make
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_the_cpu_engines(family: str, model_of: Callable[[str], Model]) -> None:
+def test_logits_are_the_cpu_engines(
+    family: str,
+    model_of: Callable[[str], Model],
+    outcome_with: Callable[[str, str], torch.Tensor],
+) -> None:
     model = model_of(family)
     with tierrun.load(model.store, ram="1GiB", device="cpu") as engine:
         wanted = outcome(engine)
-    most = model.expert_bytes
-    with load(model, vram=str(most // 2), exact=True) as engine:
-        found = outcome(engine)
-        engine.check_integrity()
-        counters = engine.stats().counters
-        assert counters.hot and counters.cold
-        assert engine.stats().hot_bytes <= most // 2
+    found = outcome_with(family, str(model.expert_bytes // 2))
     errors = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
     assert errors.median() <= TYPICAL
     assert (errors > TOLERANCE).float().mean() <= TURNED
 
 
-def test_any_budget_gives_the_same_bits(model_of: Callable[[str], Model]) -> None:
-    model = model_of(FAMILIES[0])
-    found = []
-    for vram in (model.smallest, model.expert_bytes):
-        with load(model, vram=str(vram), exact=True) as engine:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_budget_gives_the_same_bits(
+    family: str,
+    model_of: Callable[[str], Model],
+    outcome_with: Callable[[str, str], torch.Tensor],
+) -> None:
+    model = model_of(family)
+    half = outcome_with(family, str(model.expert_bytes // 2))
+    assert torch.equal(outcome_with(family, str(model.smallest)), half)
+
+
+@pytest.mark.skipif(not CUDA, reason="no GPU on this machine")
+def test_recorded_passes_give_the_bits_of_eager_ones(model_of: Callable[[str], Model]) -> None:
+    model, found = model_of(FAMILIES[0]), []
+    for graphs in (True, False):
+        with load(model, vram=str(model.expert_bytes), exact=True, graphs=graphs) as engine:
             found.append(outcome(engine))
-            engine.check_integrity()
     assert torch.equal(*found)
 
 
+@pytest.mark.skipif(not CUDA, reason="no GPU on this machine")
 def test_sessions_take_turns(model_of: Callable[[str], Model]) -> None:
     """One cache on the device: a session that comes back computes its past again."""
     with load(model_of(FAMILIES[0]), vram="1GiB", exact=True) as engine:
