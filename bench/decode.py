@@ -115,7 +115,7 @@ def main(
 ) -> None:
     """Decode a fixed stream of tokens and print what it cost, as JSON."""
     started = time.perf_counter()
-    with load(store, ram=ram, lookahead=lookahead, threads=threads) as engine:
+    with load(store, ram=ram, lookahead=lookahead, threads=threads, device="cpu") as engine:
         run = decode(engine, time.perf_counter() - started, warmup, tokens)
     print(run.to_json())
 

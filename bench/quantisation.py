@@ -96,7 +96,8 @@ def measure(
             manifest = tierrun.convert(
                 CHECKPOINT, store, quant=arm.quant, quant_resident=arm.resident
             )
-            with tierrun.load(store, vram="0", ram=str(2 * manifest.expert_bytes)) as engine:
+            ram = str(2 * manifest.expert_bytes)
+            with tierrun.load(store, vram="0", ram=ram, device="cpu") as engine:
                 if number == 0:
                     value = perplexity(engine, windows)
                     sizes = manifest.expert_bytes, manifest.resident_bytes

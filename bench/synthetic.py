@@ -39,7 +39,7 @@ PERCENTS = (1.0, 5.0, 10.0, 15.0, 20.0, 40.0)
 
 def skew(store: Path, tokens: int, vocabulary: int, ram: str = "1GiB") -> list[float]:
     """The share of activations, mean over layers, that the top `PERCENTS` of experts take."""
-    with load(store, ram=ram, ubatch=tokens) as engine:
+    with load(store, ram=ram, ubatch=tokens, device="cpu") as engine:
         engine.session().prefill(token_stream(tokens, vocabulary, seed=1))
         curves = [top_shares(row.numpy(), PERCENTS) for row in engine.hook.usage]
     return [sum(column) / len(column) for column in zip(*curves, strict=True)]
