@@ -12,7 +12,7 @@ import torch
 import typer
 
 from tierrun.engine.engine import Engine, load
-from tierrun.io.errors import UsageError
+from tierrun.io.errors import TierrunError, UsageError
 from tierrun.io.store import Manifest, read_manifest
 from tierrun.tiers.ledger import Counters
 
@@ -95,6 +95,21 @@ def synchronise(device: str) -> None:
     """Wait until the device has done all that it was given."""
     if device != "cpu":
         torch.cuda.synchronize()
+
+
+def check_bytes(engine: Engine, device: str) -> None:
+    """Compare every expert in VRAM with the store's checksums.
+
+    Raises:
+        TierrunError: some differ; names the first.
+    """
+    if device == "cpu":
+        return
+    backend: Any = engine.backend  # the method is the GPU's
+    damaged = backend.damaged()
+    if damaged:
+        raise TierrunError(f"{len(damaged)} experts in VRAM are damaged, the first is {damaged[0]}")
+    say("every expert in VRAM has the store's bytes")
 
 
 def fill(engine: Engine, device: str) -> float:

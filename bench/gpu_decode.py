@@ -233,6 +233,7 @@ def measure(
     *,
     fill: bool,
     greedy: bool,
+    check: bool,
 ) -> Run:
     """Load, learn, decode, prefill; prints the table."""
     started = time.perf_counter()
@@ -242,9 +243,13 @@ def measure(
         if fill:
             loading["fill_seconds"] = devices.fill(engine, setting.device)
             say(f"filled in {loading['fill_seconds']:.1f} s")
+        if check:
+            devices.check_bytes(engine, setting.device)
         runner = Runner(engine, setting.device, plan)
         shares = runner.learn()
         rounds = [runner.round() for _ in range(plan.rounds)]
+        if check:
+            devices.check_bytes(engine, setting.device)
         prefills = [runner.prefill() for _ in range(plan.rounds)] if plan.prefill else []
         ids = runner.greedy() if greedy else []
         stats, memory = asdict(engine.stats()), devices.memory_figures(setting.device)
@@ -299,6 +304,7 @@ def main(
     fill: Annotated[bool, typer.Option(help="Load VRAM before the first token.")] = True,
     tokens_out: Annotated[Path | None, typer.Option(help="Gets greedy tokens.")] = None,
     tokens_expected: Annotated[Path | None, typer.Option(help="Has them to be the same.")] = None,
+    check: Annotated[bool, typer.Option(help="Compare VRAM with the store, twice.")] = False,
     json_file: devices.JsonFile = None,
 ) -> None:
     """Measure decoding and prefill on the GPU, against the bound."""
@@ -312,7 +318,7 @@ def main(
     )
     bandwidths = devices.measure_bandwidths(device)
     say(f"memory {bandwidths.memory / 1e9:.0f} GB/s, upload {bandwidths.upload / 1e9:.1f} GB/s")
-    run = measure(store, setting, plan, bandwidths, fill=fill, greedy=compared)
+    run = measure(store, setting, plan, bandwidths, fill=fill, greedy=compared, check=check)
     emit(document("gpu_decode", run.figures), json_file)
     compare_tokens(run.greedy, tokens_out, tokens_expected)
 

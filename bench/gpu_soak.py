@@ -94,6 +94,7 @@ def soak(engine: Engine, device: str, plan: Plan, started: float) -> Soak:
             break
     if not looks or looks[-1].tokens < number:
         looks.append(_look(engine, device, number, measured))
+    devices.check_bytes(engine, device)
     return Soak(looks, checks, _error(before, probe(engine)))
 
 

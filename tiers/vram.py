@@ -362,6 +362,15 @@ class VramTier:
         self._make_idle()
         self.copies.synchronize()
 
+    def records(self) -> Iterator[tuple[ExpertKey, torch.Tensor]]:
+        """Every expert that is here, and its bytes on the device. Between calls only."""
+        self.copies.synchronize()
+        first = self._placement.first
+        for layer, start in enumerate(first[:-1].tolist()):
+            for expert, slot in enumerate(self.slots.slot_of[start : first[layer + 1]].tolist()):
+                if slot != NOBODY:
+                    yield ExpertKey(layer, expert), self._tier.memory(slot)
+
     def check_integrity(self) -> None:
         """This tier's and the residency's books agree, also with the table on the device.
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+import xxhash
 
 from tierrun.engine.architecture import experts_modules
 from tierrun.engine.backend import chosen_reader, open_queue
@@ -36,6 +37,7 @@ from tierrun.tiers.placement import Placement
 from tierrun.tiers.policy import make_policy
 from tierrun.tiers.residency import Residency
 from tierrun.tiers.setup import DeviceTiers, device_figures, make_device_tiers, prefill_window
+from tierrun.tiers.slab import host_bytes
 from tierrun.tiers.vram import VramTier
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ class GpuBackend:
     ) -> None:
         torch.set_num_threads(options.num_threads)
         self._options, self._device, self._capacity = options, device, capacity
+        self._store = store
         weights.verify()
         self.model = load_model(
             store, weights, CpuKernels(), experts=DEVICE_EXPERTS, attention=ATTENTION
@@ -85,9 +88,9 @@ class GpuBackend:
             )
         )
         window = prefill_window(store, tiers.warm, options.depth)
-        self._vram = VramTier(self.residency, tiers.hot, copies, window)
+        self.vram = VramTier(self.residency, tiers.hot, copies, window)
         self._warm = tiers.warm
-        self.hook = DeviceExperts(self.model, store.manifest, self._vram, device)
+        self.hook = DeviceExperts(self.model, store.manifest, self.vram, device)
         self._runner = DeviceRunner(
             self.model,
             self.hook,
@@ -120,7 +123,7 @@ class GpuBackend:
 
     @property
     def hot_bytes(self) -> int:
-        return self._vram.nbytes
+        return self.vram.nbytes
 
     @property
     def warm_bytes(self) -> int:
@@ -133,19 +136,28 @@ class GpuBackend:
 
     def context(self) -> Context:
         """See `Backend`."""
-        return DeviceContext(self._runner, self._options.ubatch, self._vram.shrink)
+        return DeviceContext(self._runner, self._options.ubatch, self.vram.shrink)
 
     def warm_up(self, order: Iterable[ExpertKey]) -> None:
         """See `Backend`."""
-        self._vram.warm_up(order)
+        self.vram.warm_up(order)
+
+    def damaged(self) -> list[ExpertKey]:
+        """The experts in VRAM whose bytes are not the store's, by their checksums; reads all."""
+        return [
+            key
+            for key, record in self.vram.records()
+            if xxhash.xxh3_64_intdigest(host_bytes(record.cpu()))
+            != self._store.locate(key)[0].checksum
+        ]
 
     def check_integrity(self) -> None:
         """See `Backend`."""
-        self._vram.check_integrity()
+        self.vram.check_integrity()
 
     def close(self) -> None:
         """See `Backend`."""
-        self._vram.close()
+        self.vram.close()
         self.queue.close()
         self._warm.slab.release()
         forget(experts_modules(self.model).values())

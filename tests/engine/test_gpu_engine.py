@@ -24,6 +24,8 @@ TYPICAL, TOLERANCE, TURNED = 5e-3, 2e-2, 0.15
 class GpuEngine(Engine):
     """On the CPU where there is no GPU: kernels are interpreted, copies immediate."""
 
+    backend: GpuBackend
+
     def _make_backend(self, weights: Any) -> GpuBackend:
         device = torch.device("cuda" if CUDA else "cpu")
         return GpuBackend(self.store, weights, self.options, self.ledger, device, 64)
@@ -51,6 +53,7 @@ def outcome_with(model_of: Callable[[str], Model]) -> Callable[[str, str], torch
         with load(model_of(family), vram=vram, exact=True) as engine:
             found = outcome(engine)
             engine.check_integrity()
+            assert not engine.backend.damaged()
             assert engine.stats().hot_bytes <= int(vram)
             assert engine.stats().counters.hot and engine.stats().counters.cold
         return found
@@ -82,6 +85,15 @@ def test_any_budget_gives_the_same_bits(
     model = model_of(family)
     half = outcome_with(family, str(model.expert_bytes // 2))
     assert torch.equal(outcome_with(family, str(model.smallest)), half)
+
+
+def test_a_damaged_expert_in_vram_is_found(model_of: Callable[[str], Model]) -> None:
+    with load(model_of(FAMILIES[0]), vram="1GiB") as engine:
+        engine.warm_up()
+        assert engine.backend.damaged() == []
+        key, record = next(iter(engine.backend.vram.records()))
+        record[-1] ^= 1
+        assert engine.backend.damaged() == [key]
 
 
 @pytest.mark.skipif(not CUDA, reason="no GPU on this machine")
