@@ -144,12 +144,11 @@ class GpuBackend:
 
     def damaged(self) -> list[ExpertKey]:
         """The experts in VRAM whose bytes are not the store's, by their checksums; reads all."""
-        return [
-            key
-            for key, record in self.vram.records()
-            if xxhash.xxh3_64_intdigest(host_bytes(record.cpu()))
-            != self._store.locate(key)[0].checksum
-        ]
+        return [key for key, record in self.vram.records() if not self._is_whole(key, record)]
+
+    def _is_whole(self, key: ExpertKey, record: torch.Tensor) -> bool:
+        found = xxhash.xxh3_64_intdigest(host_bytes(record.cpu()))
+        return found == self._store.locate(key)[0].checksum
 
     def check_integrity(self) -> None:
         """See `Backend`."""
