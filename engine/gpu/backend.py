@@ -191,9 +191,10 @@ class GpuBackend:
                     raise
                 reason = str(error).strip().splitlines()[0]
                 log.info("a fixed key-value cache in %s does not fit: %s", dtype, reason)
+        else:
+            log.warning("this model makes its own key-value cache: decode runs without CUDA graphs")
         own: str = self.model.get_correct_attn_implementation(None)
         self.model.set_attn_implementation(own)
-        log.warning("this model makes its own key-value cache: decode runs without CUDA graphs")
         grown = GrowingCache()
         return grown, self._workspace(grown, chunk)
 

@@ -29,7 +29,7 @@ class CompiledLayers:
     """The decoder layers of `model`, compiled while `active`, as they were otherwise."""
 
     def __init__(self, model: PreTrainedModel, fingerprint: str) -> None:
-        self._active, self._fingerprint = False, fingerprint
+        self._active, self._remembered, self._fingerprint = False, False, fingerprint
         self._set_up()
         for layer in decoder_layers(model):
             self._wrap(layer)
@@ -55,7 +55,9 @@ class CompiledLayers:
         self._active = True
         try:
             yield
-            remember(self._fingerprint)
+            if not self._remembered:
+                remember(self._fingerprint)
+                self._remembered = True
         finally:
             self._active = False
 

@@ -16,7 +16,7 @@ from tierrun.engine.kernels.route import choose
 _geometries: list[Geometry] = []
 _numbers: dict[Geometry, int] = {}
 
-DECODE_TOKENS = 8
+DECODE_TOKENS = matvec.MOST_TOKENS
 """Up to so many rows a product is bound by reading weights, and goes to the decode kernels."""
 
 

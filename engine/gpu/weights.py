@@ -92,9 +92,10 @@ def _upload(
     stored: Weight, device: torch.device, shared: dict[tuple[int, torch.Size], DeviceWeight]
 ) -> DeviceWeight:
     """`stored` on the device; tied weights, which lie in one place, once."""
-    data, kind, inputs = _bytes_of(stored)
-    key = (data.data_ptr(), stored.shape)
+    place = stored.data if isinstance(stored, Packed) else stored
+    key = (place.data_ptr(), stored.shape)  # in the store's mapping, which outlives this
     if key not in shared:
+        data, kind, inputs = _bytes_of(stored)
         number = ops.geometry_number(geometry_of(kind, tuple(stored.shape)))
         order = None if inputs is None else inputs.to(device)
         shared[key] = DeviceWeight(stored, data.to(device), number, stored.shape, order)

@@ -16,7 +16,7 @@ import triton
 
 from tierrun.engine.kernels import geometry
 from tierrun.engine.kernels.geometry import Geometry
-from tierrun.engine.kernels.matvec import GATES, Bias, Gate
+from tierrun.engine.kernels.matvec import DTYPE_KINDS, GATES, Bias, Gate
 from tierrun.engine.kernels.products import product, rearrange
 from tierrun.engine.kernels.tiles import inputs_of_unit
 
@@ -26,11 +26,6 @@ PADDING = 128
 
 _LARGEST_GROUP = 128
 _NO_GATE = Gate("none")
-_DTYPES = {
-    torch.bfloat16: geometry.BF16,
-    torch.float16: geometry.F16,
-    torch.float32: geometry.F32,
-}
 _BYTES = {geometry.BF16: 2, geometry.F16: 2, geometry.F32: 4}
 """Of a weight in shared memory; packed ones have at most one."""
 
@@ -246,7 +241,7 @@ def _launch(
         y,
         y.stride(0),
         M=matrix,
-        BIAS=0 if operand.bias is None else _DTYPES[operand.bias.dtype],
+        BIAS=0 if operand.bias is None else DTYPE_KINDS[operand.bias.dtype],
         GATHER=grouping.top_k if grouping is not None and rows.gather else 0,
         SCATTER=rows.scatter,
         GATE=GATES.index(gate.kind),

@@ -55,7 +55,7 @@ class Config(NamedTuple):
 
 
 _NO_GATE = Gate("none")
-_DTYPES = {torch.bfloat16: _g.BF16, torch.float16: _g.F16, torch.float32: _g.F32}
+DTYPE_KINDS = {torch.bfloat16: _g.BF16, torch.float16: _g.F16, torch.float32: _g.F32}
 
 
 def linear(
@@ -121,7 +121,7 @@ def grouped(
         gate.alpha,
         gate.limit,
         M=geometry,
-        BIAS=0 if bias is None else _DTYPES[bias.dtype],
+        BIAS=0 if bias is None else DTYPE_KINDS[bias.dtype],
         GATE=kind,
         INTERLEAVED=gate.interleaved,
         **_meta(geometry, chosen),

@@ -1,16 +1,13 @@
 """The GPU's benchmarks at toy size on the CPU: that they run and what they say adds up."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
-from tierrun.bench import devices, gpu_decode, gpu_parity, gpu_soak, synthetic_store
+from tierrun.bench import devices, gpu_decode, gpu_parity, gpu_soak
 from tierrun.bench.devices import Setting, budget, bytes_per_token
 from tierrun.bench.gpu_parity import Workers
 from tierrun.bench.gpu_soak import Look, Soak
@@ -18,23 +15,6 @@ from tierrun.bench.parity_rows import STEPS, Case, Errors, Row, Seen, relative_e
 from tierrun.io.errors import TierrunError, UsageError
 from tierrun.io.store import Store
 from tierrun.tiers.ledger import Counters
-
-MAINS: dict[str, Callable[..., None]] = {
-    "gpu_decode": gpu_decode.main,
-    "gpu_parity": gpu_parity.main,
-    "gpu_soak": gpu_soak.main,
-    "synthetic_store": synthetic_store.main,
-}
-
-
-@pytest.mark.parametrize("name", MAINS)
-def test_help(name: str) -> None:
-    app = typer.Typer()
-    app.command()(MAINS[name])
-    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "100", "NO_COLOR": "1"})
-    assert result.exit_code == 0
-    assert MAINS[name].__doc__
-    assert "Usage" in result.output
 
 
 def last_document(captured: pytest.CaptureFixture[str]) -> dict[str, object]:

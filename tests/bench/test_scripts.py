@@ -9,7 +9,19 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tierrun.bench import decode, fio, larger_than_memory, offloaded, peers, reads, synthetic
+from tierrun.bench import (
+    decode,
+    fio,
+    gpu_decode,
+    gpu_parity,
+    gpu_soak,
+    larger_than_memory,
+    offloaded,
+    peers,
+    reads,
+    synthetic,
+    synthetic_store,
+)
 from tierrun.bench.cgroup import obstacle
 from tierrun.bench.demand import Arm, Demander, open_queue
 from tierrun.bench.peers import Result, Setting
@@ -19,11 +31,15 @@ from tierrun.io.store import Store
 
 MAINS: dict[str, Callable[..., None]] = {
     "decode": decode.main,
+    "gpu_decode": gpu_decode.main,
+    "gpu_parity": gpu_parity.main,
+    "gpu_soak": gpu_soak.main,
     "larger_than_memory": larger_than_memory.main,
     "offloaded": offloaded.main,
     "peers": peers.main,
     "reads": reads.main,
     "synthetic": synthetic.build,
+    "synthetic_store": synthetic_store.main,
 }
 
 
