@@ -45,13 +45,14 @@ CHECKED = (
 )
 TIMED = ("bf16", "q8_0", "q4_k", "mxfp4", "fp8_g128_f32", "q6_k")
 
+_SMALL = Launch(64, 64, 4, 3)
 PACKED = {
-    64: (Launch(128, 64, 8, 3), Launch(128, 64, 8, 4), Launch(64, 64, 4, 4)),
-    128: (Launch(128, 64, 8, 3), Launch(128, 64, 8, 4), Launch(256, 64, 16, 3)),
+    64: (Launch(128, 64, 8, 3), Launch(128, 64, 4, 3), Launch(128, 128, 8, 2), _SMALL),
+    128: (Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(128, 128, 8, 2), _SMALL),
 }
 DENSE = {
-    64: (Launch(128, 64, 4, 4), Launch(128, 64, 8, 4)),
-    128: (Launch(128, 64, 8, 4), Launch(256, 64, 8, 3), Launch(256, 64, 16, 3)),
+    64: (Launch(128, 64, 4, 4), Launch(128, 64, 8, 4), Launch(64, 64, 4, 4)),
+    128: (Launch(128, 64, 8, 4), Launch(128, 64, 4, 4), Launch(128, 64, 8, 3)),
 }
 """Tokens of a tile → launches tried."""
 

@@ -206,6 +206,12 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
+@lru_cache
+def _is_hopper(device: torch.device) -> bool:
+    """Whether products are those of Hopper (`wgmma`)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _padded(matrix: Geometry) -> int:
     return -(-matrix[geometry.COLUMNS] // PADDING) * PADDING
 
@@ -252,6 +258,7 @@ def _launch(
         BM=block,
         BN=launch.rows,
         BK=launch.inputs,
+        HOPPER=_is_hopper(x.device),
         num_warps=launch.warps,
         num_stages=launch.stages,
     )

@@ -54,6 +54,7 @@ def product(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    HOPPER: tl.constexpr,
 ):
     """Each program: BN rows of the matrix `M` for BM rows of `x`, whose inputs are arranged.
 
@@ -63,6 +64,7 @@ def product(
         order: assignments in the order of rows. With GATHER row r is of token order[r] // GATHER;
             with SCATTER its result goes to row order[r].
         UNIT: of `arranged`, for what is stored.
+        HOPPER: products are `wgmma`, which run while the program goes on.
     """
     # programs that take the same weights are neighbours: those are read from memory once
     tile = tl.program_id(0) % num_tiles
@@ -80,7 +82,7 @@ def product(
     inputs = x + source.to(tl.int64)[:, None] * x_stride
 
     row = _weight_row(block, BN, GATE > 0 and not INTERLEAVED, M)
-    acc = _sums(inputs, base, row, BM, BK, M) * GROWTH
+    acc = _sums(inputs, base, row, BM, BK, M, HOPPER) * GROWTH
     if BIAS > 0:
         acc += _plain(bias + record + bias_offset, row, BIAS)[:, None]
     if GATE > 0:
@@ -122,6 +124,7 @@ def _sums(
     BM: tl.constexpr,
     BK: tl.constexpr,
     M: tl.constexpr,
+    HOPPER: tl.constexpr,
 ):
     """Weights `row` [BN] times BM rows of activations (pointers [BM, 1]), fp32 [BN, BM]."""
     steps: tl.constexpr = (M[COLUMNS] + BK - 1) // BK
@@ -130,18 +133,31 @@ def _sums(
     for step in range(0, steps):
         x = tl.load(inputs + step * BK)
         if M[KIND] >= BF16:
-            acc = _dot(load_dense(base, row, step * BK, BK, M), x, acc)
+            acc = _dot(load_dense(base, row, step * BK, BK, M), x, acc, HOPPER)
         else:
-            acc = _dot(load_packed(base, row, step * BK, BK, M), x, acc)
+            acc = _dot(load_packed(base, row, step * BK, BK, M), x, acc, HOPPER)
     return acc
 
 
 @triton.jit
-def _dot(w, x, acc):
+def _dot(w, x, acc, HOPPER: tl.constexpr):
     """`acc` plus `w` [N, K] times `x` [M, K] transposed; in fp32 where Triton interprets."""
     if INTERPRETED:
         w, x = w.to(tl.float32), x.to(tl.float32)
-    return tl.dot(w, tl.trans(x), acc)
+    acc = tl.dot(w, tl.trans(x), acc)
+    return _finished(acc) if HOPPER else acc
+
+
+@triton.jit
+def _finished(acc):
+    """`acc` fp32 itself, but looked at, so that Triton waits for the products it is the sum of.
+
+    Else those of one step are still under way in the next one, while the registers of their left
+    operand are written again (triton-lang/triton#9433; tests/engine/test_gpu_hazards.py).
+    """
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
