@@ -34,6 +34,8 @@ Exact = Annotated[bool, typer.Option(help="The same bits for any budget.")]
 ContextSize = Annotated[int, typer.Option(help="0: what this run needs.")]
 Ubatch = Annotated[int, typer.Option(help="Tokens of a prompt at once; 0: the engine's default.")]
 Io = Annotated[str, typer.Option(help="The reader.")]
+LaneMode = Annotated[str, typer.Option("--lanes", help="Experts in RAM: auto, copy, cpu.")]
+Policy = Annotated[str, typer.Option(help="Replacement: lfru, lru, layers.")]
 Threads = Annotated[int, typer.Option(help="0: all cores but one.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the JSON document here.")]
 
@@ -52,6 +54,8 @@ class Setting:
     ubatch: int = 0
     io: str = "auto"
     threads: int = 0
+    lanes: str = "auto"
+    policy: str = "lfru"
 
     def load(self, store: Path) -> Engine:
         """An engine on `store`; what only a GPU has is left out on the CPU.
@@ -67,11 +71,13 @@ class Setting:
             "context": self.context,
             "io": self.io,
             "threads": self.threads,
+            "policy": self.policy,
         }
         if self.ubatch:
             options["ubatch"] = self.ubatch
         if self.device != "cpu":
             options |= {"compile": self.compile, "graphs": self.graphs, "exact": self.exact}
+            options["lanes"] = self.lanes
         return load(store, **options)
 
 

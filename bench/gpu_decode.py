@@ -60,11 +60,15 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Some decoded tokens: seconds of them all, and what each cost."""
+    """Some decoded tokens: seconds of them all, and what each cost.
+
+    `resident` are the seconds that the ledger counts as anything but serving misses.
+    """
 
     seconds: float
     steps: list[float]
     counters: Counters
+    resident: float
 
     @property
     def tokens_per_second(self) -> float:
@@ -103,13 +107,15 @@ class Runner:
         for _ in range(1 + self._plan.warmup):  # the first record is the prompt's
             next(records)
         synchronise(self._device)
-        started = time.perf_counter()
+        started, ledger = time.perf_counter(), self._engine.ledger
+        step = self._engine.residency.placement.step
         measured = list(records)
         synchronise(self._device)
         seconds = time.perf_counter() - started
         steps = [record.figures.seconds for record in measured]
         counters = total(record.figures.counters for record in measured)
-        done = Round(seconds, steps, counters)
+        resident = sum(timing.resident for timing in ledger.timings if timing.step > step)
+        done = Round(seconds, steps, counters, resident)
         say(f"decode: {done.tokens_per_second:.2f} tok/s, {done.share('hot'):.1%} from VRAM")
         return done
 
@@ -176,6 +182,7 @@ _COUNTS = (
     ("lookups per token: RAM", "warm", 1.0, 1),
     ("lookups per token: store", "cold", 1.0, 1),
     ("to the device per token, MB", "promoted_bytes", 1e-6, 2),
+    ("computed in RAM by the CPU per token, MB", "computed_bytes", 1e-6, 2),
     ("from the device per token, MB", "demoted_bytes", 1e-6, 2),
     ("read from the store per token, MB", "read_bytes", 1e-6, 2),
     ("waiting per token, ms", "wait_seconds", 1e3, 3),
@@ -295,6 +302,8 @@ def main(
     ubatch: devices.Ubatch = 0,
     io: devices.Io = "auto",
     threads: devices.Threads = 0,
+    lanes: devices.LaneMode = "auto",
+    policy: devices.Policy = "lfru",
     tokens: Annotated[int, typer.Option(min=1, help="Measured per round.")] = 128,
     warmup: Annotated[int, typer.Option(help="Before them, unmeasured.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Of decoding, and of prefill.")] = 3,
@@ -314,7 +323,18 @@ def main(
         raise UsageError("tokens are the same for any budget with --exact only")
     plan = Plan(prompt, learn, rounds, warmup, tokens, prefill)
     setting = Setting(
-        device, vram, ram, compile_, graphs, exact, context or plan.context, ubatch, io, threads
+        device,
+        vram,
+        ram,
+        compile_,
+        graphs,
+        exact,
+        context or plan.context,
+        ubatch,
+        io,
+        threads,
+        lanes,
+        policy,
     )
     bandwidths = devices.measure_bandwidths(device)
     say(f"memory {bandwidths.memory / 1e9:.0f} GB/s, upload {bandwidths.upload / 1e9:.1f} GB/s")

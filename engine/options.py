@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tierrun.io.errors import UsageError
 from tierrun.io.reads import DEFAULT_DEPTH
+from tierrun.tiers.lanes import LANES
 
 COMPILE = ("auto", "on", "off")
 """`auto` compiles where an earlier `on` has left its results on disk."""
@@ -15,9 +16,11 @@ class Options:
     """The defaults of the command line's flags too.
 
     `device` is `auto`, `cpu`, `cuda` or `cuda:N`. `context` 0 means the model's own maximum (on a
-    GPU at most 8192); `threads` 0 all cores but one, which is left to the reads; `depth` is reads
-    in flight per directory, in parts of records. `exact` fixes every kernel, so that logits are
-    the same bits whatever the budgets; `compile` and `graphs` concern the GPU's decode.
+    GPU at most 8192); `lanes` says who computes experts in RAM beside a GPU: the CPU where they
+    lie, the GPU after a copy, or (`auto`) both by cost; `threads` 0 all cores but one, which is
+    left to the reads; `depth` is reads in flight per directory, in parts of records. `exact` fixes
+    every kernel and computes nothing on the CPU beside a GPU, so that logits are the same bits
+    whatever the budgets; `compile` and `graphs` concern the GPU's decode.
 
     Raises:
         UsageError: a value out of range.
@@ -35,6 +38,7 @@ class Options:
     depth: int = DEFAULT_DEPTH
     strict: bool = False
     exact: bool = False
+    lanes: str = "auto"
     compile: str = "auto"
     graphs: bool = True
 
@@ -47,6 +51,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.compile not in COMPILE:
             raise UsageError(f"--compile {self.compile}: choose {', '.join(COMPILE)}")
+        if self.lanes not in LANES:
+            raise UsageError(f"--lanes {self.lanes}: choose {', '.join(LANES)}")
+        if self.exact and self.lanes == "cpu":
+            raise UsageError("--exact and --lanes cpu exclude each other: the CPU's bits differ")
         if self.exact and self.compile == "on":
             raise UsageError("--exact and --compile on exclude each other: compiling changes bits")
         for name, value, least in (

@@ -30,6 +30,7 @@ from tierrun.io.errors import CorruptError, ReadError, TierrunError
 from tierrun.io.reader import Reader
 from tierrun.io.store import ExpertKey, Store, record_name
 from tierrun.io.tickets import Priority, QueueFigures, State, Ticket
+from tierrun.io.timeline import READS, span
 
 PART_BYTES = 2 << 20
 """Records are read in parts of this size: large enough for full bandwidth at the default depth."""
@@ -214,7 +215,9 @@ class ReadQueue:
 
     async def _read_part(self, lane: _Lane, ticket: Ticket, offset: int) -> None:
         try:
-            await self._read_twice(ticket, offset, min(self._part_bytes, len(ticket.into) - offset))
+            nbytes = min(self._part_bytes, len(ticket.into) - offset)
+            with span(READS, f"{ticket.key.layer}.{ticket.key.expert}"):
+                await self._read_twice(ticket, offset, nbytes)
         except Exception as error:
             ticket.error = ticket.error or _named(ticket, error)
         lane.in_flight -= 1

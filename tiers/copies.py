@@ -44,6 +44,9 @@ class Copy(Protocol):
     def wait(self) -> float:
         """Block until they are done; the seconds that they took once begun."""
 
+    def is_done(self) -> bool:
+        """Whether `wait` would not block."""
+
 
 class Copies(Protocol):
     """The copies of one device. See the module for what is ordered."""
@@ -53,6 +56,9 @@ class Copies(Protocol):
 
     def to_host(self, pairs: Pairs) -> Copy:
         """Enqueue copies from the device to host memory."""
+
+    def aside(self, pairs: Pairs) -> Copy:
+        """As `to_device`, but beside everything: nothing is ordered with it but its `wait`."""
 
     def scatter(
         self, table: torch.Tensor, indices: NDArray[np.int64], values: NDArray[np.int64]
@@ -75,6 +81,9 @@ class _Done(NamedTuple):
     def wait(self) -> float:
         return self.seconds
 
+    def is_done(self) -> bool:
+        return True
+
 
 class HostCopies:
     """Copies at once, where the device is the CPU."""
@@ -87,6 +96,10 @@ class HostCopies:
         return _Done(time.perf_counter() - started)
 
     def to_host(self, pairs: Pairs) -> Copy:
+        """See `Copies`."""
+        return self.to_device(pairs)
+
+    def aside(self, pairs: Pairs) -> Copy:
         """See `Copies`."""
         return self.to_device(pairs)
 
@@ -120,9 +133,13 @@ class _CudaCopy(NamedTuple):
         milliseconds: float = self.begun.elapsed_time(self.ended)
         return milliseconds / 1000
 
+    def is_done(self) -> bool:
+        query: Callable[[], bool] = self.ended.query
+        return query()
+
 
 class CudaCopies:
-    """One stream for each direction; PCIe is full duplex.
+    """One stream for each direction, as PCIe is full duplex, and one for what nobody waits for.
 
     Sources and targets in pageable memory are copied correctly too, but the host waits meanwhile.
     """
@@ -131,7 +148,7 @@ class CudaCopies:
         self._device = device
         # Before compute where both are queued: the scatter is a kernel of a few entries.
         self._up = _Stream(device, priority=-1)
-        self._down = _Stream(device)
+        self._down, self._aside = _Stream(device), _Stream(device)
         self._enqueued = _Event()
         self._few, self._many = _Ring(device, _FEW_PAIRS), _Ring(device, _MANY_PAIRS)
 
@@ -143,6 +160,10 @@ class CudaCopies:
         """See `Copies`."""
         self._down.wait_stream(self._up)
         return _copy(self._down, pairs)
+
+    def aside(self, pairs: Pairs) -> Copy:
+        """See `Copies`."""
+        return _copy(self._aside, pairs)
 
     def scatter(
         self, table: torch.Tensor, indices: NDArray[np.int64], values: NDArray[np.int64]

@@ -17,6 +17,7 @@ class Counters:
 
     A lookup is one expert wanted by one layer for one forward pass; it counts for the tier that
     held the expert, `cold` when its bytes came from the store for this use (read ahead or not).
+    `computed` is what the CPU computed for a GPU, where the experts lay.
     """
 
     hot: int = 0
@@ -25,8 +26,10 @@ class Counters:
     read_bytes: int = 0
     promoted_bytes: int = 0
     demoted_bytes: int = 0
+    computed_bytes: int = 0
     wait_seconds: float = 0.0
     copy_seconds: float = 0.0
+    computed_seconds: float = 0.0
     ahead_issued: int = 0
     ahead_useful: int = 0
     ahead_late: int = 0

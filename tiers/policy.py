@@ -73,7 +73,22 @@ class Lfru:
         return decayed
 
 
-POLICIES = {policy.name: policy for policy in (Lru, Lfru)}
+class Layers:
+    """The first layers' experts stay, whatever is used: llama.cpp's split, to compare with."""
+
+    name = "layers"
+
+    def __init__(self, num_experts: int) -> None:
+        self._num_experts = num_experts
+
+    def used(self, experts: Experts, step: int) -> None:
+        """Nothing follows from it."""
+
+    def worth(self, experts: Experts, step: int) -> NDArray[np.float64]:
+        return (self._num_experts - experts).astype(np.float64)
+
+
+POLICIES = {policy.name: policy for policy in (Lru, Lfru, Layers)}
 
 
 def make_policy(name: str, num_experts: int) -> Policy:
@@ -83,5 +98,5 @@ def make_policy(name: str, num_experts: int) -> Policy:
         UsageError: no such policy.
     """
     if name not in POLICIES:
-        raise UsageError(f"--policy {name}: choose {' or '.join(POLICIES)}")
+        raise UsageError(f"--policy {name}: choose {', '.join(POLICIES)}")
     return POLICIES[name](num_experts)

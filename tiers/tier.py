@@ -1,5 +1,6 @@
 """The slots of one tier: which expert each holds, in which state, under how many leases."""
 
+from collections.abc import Collection
 from enum import IntEnum
 
 import numpy as np
@@ -113,8 +114,11 @@ class Tier:
             mask &= ~self.proven
         return np.flatnonzero(mask)
 
-    def check_integrity(self) -> None:
-        """free + filling + ready = slots, and each array tells the same story."""
+    def check_integrity(self, copied: Collection[int] = ()) -> None:
+        """free + filling + ready = slots, and each array tells the same story.
+
+        `copied` are the slots that copies fill, not reads.
+        """
         free = sorted(slot for slots in self._free for slot in slots)
         assert free == np.flatnonzero(self.state == SlotState.FREE).tolist(), "free list differs"
         assert (self.owner[free] == NOBODY).all(), "a free slot has an owner"
@@ -124,5 +128,6 @@ class Tier:
         )
         assert (self.leases >= 0).all() and (self.leases[free] == 0).all(), "a free slot is leased"
         filling = set(np.flatnonzero(self.state == SlotState.FILLING).tolist())
-        assert filling == set(self.tickets), "filling slots and reads under way differ"
+        coming = {*self.tickets, *copied}
+        assert filling == coming, "filling slots and what is under way differ"
         assert self.slab.num_extents >= len(set(self._extent_of)), "more extents than the slab has"

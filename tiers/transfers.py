@@ -5,6 +5,9 @@ ended, so that no read overwrites what is being copied. Demotion follows when a 
 unproven whose expert the warm tier does not hold: its bytes go into a warm slot, or, where what
 that slot holds is worth more, nowhere: they can be read again.
 
+A promotion that nobody waits for is *deferred*: its slot in VRAM is FILLING until `ended` says that
+the copy is over.
+
 Guarantees:
 - a warm slot that a demotion fills is FILLING, and found by nobody, until that copy has ended;
 - a slot in VRAM is leased, so not overwritten, until the demotion that reads it has ended.
@@ -12,11 +15,12 @@ Assumes: `settle` and `reap` come before the residency is asked for anything.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from tierrun.tiers.copies import Copies, Copy
+from tierrun.tiers.copies import Copies, Copy, Pairs
 from tierrun.tiers.ledger import Ledger
 from tierrun.tiers.placement import Placement
 from tierrun.tiers.vramslots import VramSlots
@@ -32,17 +36,30 @@ def worth_demoting(worth: float, victim_worth: float, *, backed: bool) -> bool:
     return backed or worth > victim_worth
 
 
+class _Promotion(NamedTuple):
+    """Copies up that were enqueued together, and the warm slots that they hold."""
+
+    copy: Copy
+    sources: list[int]
+    nbytes: int
+
+
 class Transfers:
-    """The copies of one VRAM tier under way, and the slots that they hold."""
+    """The copies of one VRAM tier under way, and the slots that they hold.
+
+    `observe` is told of every batch of promotions that somebody waited for: bytes and seconds.
+    """
 
     def __init__(
         self, placement: Placement, slots: VramSlots, copies: Copies, ledger: Ledger
     ) -> None:
         self._placement, self._slots, self._copies = placement, slots, copies
         self._warm, self._counters = placement.warm, ledger.counters
-        self._promotions: deque[tuple[Copy, list[int]]] = deque()
+        self.observe: Callable[[int, float], None] = _unobserved
+        self._promotions: deque[_Promotion] = deque()
         self._held = 0
         """Warm slots in `_promotions`."""
+        self._deferred: deque[tuple[_Promotion, int]] = deque()
         self._demotions: list[tuple[Copy, list[tuple[int, int]]]] = []
         self._sinking: set[int] = set()
 
@@ -50,23 +67,54 @@ class Transfers:
 
     def promote(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy (warm slot, slot in VRAM) up; each warm slot is held until its copy has ended."""
+        promotion = self._copy_up(pairs, self._copies.to_device)
+        self._held += len(promotion.sources)
+        self._promotions.append(promotion)
+
+    def _copy_up(
+        self, pairs: Sequence[tuple[int, int]], enqueue: Callable[[Pairs], Copy]
+    ) -> _Promotion:
         up = [(self._slots.tier.memory(to), self._warm.memory(source)) for source, to in pairs]
         sources = [source for source, _ in pairs]
-        copy = self._copies.to_device(up)
+        copy = enqueue(up)
         for source in sources:
             self._warm.leases[source] += 1
-        self._held += len(sources)
-        self._promotions.append((copy, sources))
-        self._counters.promoted_bytes += sum(target.numel() for target, _ in up)
+        nbytes = sum(target.numel() for target, _ in up)
+        self._counters.promoted_bytes += nbytes
+        return _Promotion(copy, sources, nbytes)
 
     def reap(self, most: int = 0) -> None:
         """Wait until at most `most` warm slots are held."""
         while self._held > most:
-            copy, sources = self._promotions.popleft()
-            self._counters.copy_seconds += copy.wait()
-            for source in sources:
-                self._warm.leases[source] -= 1
-            self._held -= len(sources)
+            promotion = self._promotions.popleft()
+            self.observe(promotion.nbytes, self._end(promotion))
+            self._held -= len(promotion.sources)
+
+    def _end(self, promotion: _Promotion) -> float:
+        """Wait for it, and let its warm slots go; the seconds that it took."""
+        seconds = promotion.copy.wait()
+        self._counters.copy_seconds += seconds
+        for source in promotion.sources:
+            self._warm.leases[source] -= 1
+        return seconds
+
+    def defer(self, source: int, to: int) -> None:
+        """Copy a warm slot up into a FILLING slot in VRAM, beside everything; both stay held."""
+        self._deferred.append((self._copy_up([(source, to)], self._copies.aside), to))
+
+    @property
+    def deferred(self) -> list[int]:
+        """The slots in VRAM that they fill."""
+        return [slot for _, slot in self._deferred]
+
+    def ended(self, *, wait: bool = False) -> list[int]:
+        """The slots in VRAM whose deferred copies are over now; with `wait`, of all."""
+        ended = []
+        while self._deferred and (wait or self._deferred[0][0].copy.is_done()):
+            promotion, slot = self._deferred.popleft()
+            self._end(promotion)
+            ended.append(slot)
+        return ended
 
     # -- down -----------------------------------------------------------------------------------
 
@@ -143,7 +191,8 @@ class Transfers:
         The copy up may still be reading it: a copy down starts after every earlier copy up.
         """
         warm = self._warm
-        for _, sources in self._promotions:
+        for promotion in self._promotions:
+            sources = promotion.sources
             for slot in sources:
                 backed = self._slots.proven_experts[warm.owner[slot]]
                 if backed and warm.leases[slot] == 1 and warm.record_class[slot] == record_class:
@@ -153,3 +202,7 @@ class Transfers:
                     self._placement.vacate(slot)
                     return True
         return False
+
+
+def _unobserved(nbytes: int, seconds: float) -> None:
+    pass

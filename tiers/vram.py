@@ -2,7 +2,9 @@
 
 Of what a layer wants, the device finds by itself what is here (the slot table); the host sees to
 the rest: `fetch` for decode, `stream` for prefill. Both yield lists of (expert, offset) as soon as
-the copies are *enqueued*; the caller then calls `copies.ready()` and launches kernels on them.
+the copies are *enqueued*; the caller then calls `copies.ready()` and launches kernels on them. What
+the caller of `fetch` chooses to have computed where it lies, in RAM, is not copied for that: it
+comes up later, beside everything else, if it is worth a slot.
 
 Guarantees:
 - a kernel launched after `copies.ready()` sees the store's bytes at every offset yielded;
@@ -21,7 +23,7 @@ Assumes:
 
 import logging
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -43,12 +45,28 @@ log = logging.getLogger(__name__)
 _MOST_GROUP = 16
 """Experts per group of a prefill: enough for large copies and few launches."""
 
+_DEFERRED_PER_LAYER = 2
+"""Promotions after a layer of what was computed in RAM, as in `Residency`."""
+_MOST_DEFERRED = 8
+"""Of them under way: a few milliseconds of copies."""
+
 
 class Arrival(NamedTuple):
     """An expert, and where its record begins, in bytes from `VramTier.base`."""
 
     expert: int
     offset: int
+
+
+class Brought(NamedTuple):
+    """Experts to compute now: on the device, and where they lie in RAM (leased until the next)."""
+
+    arrived: list[Arrival]
+    held: list[Held]
+
+
+Choose = Callable[[list[Held]], int]
+"""Of experts in RAM, those worth most first: how many to copy, the others being computed there."""
 
 
 class VramTier:
@@ -67,10 +85,23 @@ class VramTier:
         self._table = SlotTable(num_experts, device, copies)
         self.slots = VramSlots(placement, tier, self._table)
         placement.backed = self.slots.proven_experts
-        self._counters = placement.ledger.counters
+        self.ledger = placement.ledger
+        self._counters = self.ledger.counters
+        self._spare_warm = [self._spare_of(number) for number in range(len(tier.record_bytes))]
         self._transfers = Transfers(placement, self.slots, copies, placement.ledger)
         self._call: VramCall | None = None
         self._has_shrunk = False
+
+    def _spare_of(self, record_class: int) -> int:
+        """Warm slots that may be held while a layer is leased and one more is read."""
+        placement = self._placement
+        pairs = zip(placement.class_of_layer, placement.top_k, strict=True)
+        needed = max((k for number, k in pairs if number == record_class), default=0) + 1
+        return placement.warm.num_slots_of(record_class) - needed
+
+    def observe_copies(self, observer: Callable[[int, float], None]) -> None:
+        """`observer` is told the bytes and seconds of every batch of copies to the device."""
+        self._transfers.observe = observer
 
     @property
     def base(self) -> torch.Tensor:
@@ -128,11 +159,14 @@ class VramTier:
 
     # -- decode ---------------------------------------------------------------------------------
 
-    def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[list[Arrival]]:
-        """Bring those of the distinct `experts` of `layer` that are not here; lists as they come.
+    def fetch(
+        self, layer: int, experts: Sequence[int], choose: Choose | None = None
+    ) -> Iterator[Brought]:
+        """Bring those of the distinct `experts` of `layer` that are not here, as they come.
 
         Those of the warm tier come first, together, then the others as their reads end. More than
-        the layer's top-k (of several tokens) are fetched in groups of so many.
+        the layer's top-k (of several tokens) are fetched in groups of so many. All are copied, or
+        as many as `choose` says.
 
         Raises:
             ReadError, CorruptError: the read of one failed; those yielded before are here.
@@ -142,29 +176,98 @@ class VramTier:
             hits, missing = self._split(layer, experts)
             self.residency.used(layer, list(hits))
             call.lease(hits.values())
+            landed = self._land(call, missing)
+            if landed:
+                self.residency.used(layer, [expert for expert, _ in landed])
+                yield Brought(landed, [])
             for group in _groups(missing, self._placement.top_k[layer]):
-                yield from self._fetch_group(call, group)
+                yield from self._fetch_group(call, group, choose or len)
             self._admit(list(hits.values()))
         finally:
             self._end(call)
 
-    def _fetch_group(self, call: VramCall, experts: list[int]) -> Iterator[list[Arrival]]:
+    def _fetch_group(self, call: VramCall, experts: list[int], choose: Choose) -> Iterator[Brought]:
         self._make_idle()
         lease = self.residency.lease(call.layer, experts)
         call.hold(lease.release)
-        warm, newcomers = list(lease.ready), list[int]()
+        warm, newcomers, computed = list(lease.ready), list[int](), list[Held]()
         if warm:
-            yield self._bring(call, warm, newcomers)
+            yield self._bring(call, warm, choose, newcomers, computed)
         for held in lease.arrivals():
-            yield self._bring(call, [held], newcomers)
+            yield self._bring(call, [held], choose, newcomers, computed)
+        self._defer(call, computed)
         call.let_go()
         self._admit(newcomers)
 
-    def _bring(self, call: VramCall, held: list[Held], newcomers: list[int]) -> list[Arrival]:
-        self._make_room(call, len(held))
-        slots = self._copy_up(call, held)
+    def _bring(
+        self,
+        call: VramCall,
+        held: list[Held],
+        choose: Choose,
+        newcomers: list[int],
+        computed: list[Held],
+    ) -> Brought:
+        held = self._worth_most_first(call.layer, held)
+        count = choose(held)
+        copied, computed[len(computed) :] = held[:count], held[count:]
+        if not copied:
+            return Brought([], held)
+        self._make_room(call, count)
+        slots = self._copy_up(call, copied)
         newcomers += slots
-        return self._arrivals([one.expert for one in held], slots)
+        return Brought(self._arrivals([one.expert for one in copied], slots), held[count:])
+
+    def _worth_most_first(self, layer: int, held: list[Held]) -> list[Held]:
+        if len(held) < 2:
+            return held
+        indices = self._placement.indices(layer, [one.expert for one in held])
+        worth = self._placement.policy.worth(indices, self._placement.step)
+        return [held[place] for place in np.argsort(-worth, kind="stable").tolist()]
+
+    # -- promotion apart from serving -----------------------------------------------------------
+
+    def _defer(self, call: VramCall, computed: list[Held]) -> None:
+        """Start copies of those computed in RAM that VRAM would keep; nobody waits for them."""
+        deferred = 0
+        for held in self._worth_most_first(call.layer, computed):
+            if deferred == _DEFERRED_PER_LAYER or not self._may_defer(call.record_class):
+                return
+            expert = self._placement.index(call.layer, held.expert)
+            displaced = self.slots.make_place(call.record_class, expert)
+            if displaced is None:
+                return
+            slot = self.slots.take_deferred(call.record_class, expert)
+            self._transfers.demote(displaced)
+            if slot is None:
+                return
+            self._transfers.defer(held.slot, slot)
+            deferred += 1
+
+    def _may_defer(self, record_class: int) -> bool:
+        """Whether a layer's experts find their slots, above and below, with one more held."""
+        count = len(self._transfers.deferred)
+        return count < min(_MOST_DEFERRED, self._spare_warm[record_class])
+
+    def _land(self, call: VramCall, missing: list[int]) -> list[Arrival]:
+        """Those of `missing` that are coming up already, here now; they are taken out of it."""
+        coming = {int(self._tier.owner[slot]) for slot in self._transfers.deferred}
+        index = self._placement.index
+        landed = [expert for expert in missing if index(call.layer, expert) in coming]
+        if landed:
+            self._publish_deferred(wait=True)
+            missing[:] = [expert for expert in missing if expert not in landed]
+            self._counters.warm += len(landed)
+        slots = self.slots.slot_of[self._placement.indices(call.layer, landed)].tolist()
+        call.lease(slots)
+        return self._arrivals(landed, slots)
+
+    def _publish_deferred(self, *, wait: bool = False) -> None:
+        """Let be found what has come; it stays if it is still worth it."""
+        slots = self._transfers.ended(wait=wait)
+        for slot in slots:
+            self.slots.publish(slot)
+        if slots:
+            self._admit(slots)
 
     # -- prefill --------------------------------------------------------------------------------
 
@@ -192,6 +295,9 @@ class VramTier:
             if hits:
                 yield self._arrivals(list(hits), list(hits.values()))
                 call.launched()
+            landed = self._land(call, missing)
+            if landed:
+                yield landed
             if missing:
                 yield from self._stream_missing(call, missing, group, share)
         finally:
@@ -256,13 +362,20 @@ class VramTier:
             return
         self._call = None
         self.slots.sweep()
+        self._publish_deferred()
         self._table.flush()
         self.copies.ready()
 
     def _make_idle(self) -> None:
-        """No warm slot is held, none is being filled by a copy."""
+        """No warm slot is held but by deferred promotions, none is being filled by a copy."""
         self._transfers.settle()
         self._transfers.reap()
+
+    def _make_quiet(self) -> None:
+        """No copy is under way at all, and the table says what has come."""
+        self._publish_deferred(wait=True)
+        self._make_idle()
+        self._table.flush()
 
     def _split(self, layer: int, experts: Sequence[int]) -> tuple[dict[int, int], list[int]]:
         """Those that are here, with their slots, which are counted; and those that are not."""
@@ -276,8 +389,10 @@ class VramTier:
         """Free `count` slots. The table goes on naming whom they held until the call is over:
         nobody looks anything up before."""
         while not self.slots.make_room(call.record_class, count):
-            made = call.recycle() or self._transfers.settle()
-            assert made, "the reserve of slots is leased"
+            if call.recycle() or self._transfers.settle():
+                continue
+            assert self._transfers.deferred, "the reserve of slots is leased"
+            self._publish_deferred(wait=True)
 
     def _copy_up(self, call: VramCall, held: list[Held]) -> list[int]:
         """Enqueue copies into slots for which room has been made, and publish them."""
@@ -331,7 +446,7 @@ class VramTier:
         a call under way; waits for the device.
         """
         self.abandon()
-        self._make_idle()
+        self._make_quiet()
         self.copies.synchronize()
         given = 0
         while given < nbytes and (dropped := self.slots.drop_least_chunk()):
@@ -359,7 +474,7 @@ class VramTier:
     def close(self) -> None:
         """Wait for every copy; nothing may be asked for afterwards."""
         self.abandon()
-        self._make_idle()
+        self._make_quiet()
         self.copies.synchronize()
 
     def records(self) -> Iterator[tuple[ExpertKey, torch.Tensor]]:
@@ -377,7 +492,7 @@ class VramTier:
         Between calls only: nothing is leased then. Waits for the device.
         """
         assert self._call is None, "a fetch or stream is under way"
-        self._make_idle()
+        self._make_quiet()
         self.copies.synchronize()
         assert not self._tier.leases.any(), "leased between calls"
         self.slots.check_integrity()

@@ -27,6 +27,10 @@ _MOST_RESERVE = 32
 """The reserve is at most a 16th of the slots, and 32, unless top-k is more."""
 
 
+_COPY_PAYS = 2.0
+"""How much more than the least proven one must be worth whose copy serves nothing else."""
+
+
 @dataclass(slots=True)
 class _Ranking:
     """The proven slots of least worth at `step`, the least last, and what each was worth then."""
@@ -54,6 +58,8 @@ class VramSlots:
         self._least = least_reserve(placement, tier)
         self._unproven: list[dict[int, None]] = [{} for _ in classes]
         self._filling: set[int] = set()
+        self.deferred: set[int] = set()
+        """Those that copies fill which no call waits for."""
         self._rankings = [_Ranking() for _ in classes]
         self.reserve = [self._reserve_of(record_class) for record_class in classes]
 
@@ -68,8 +74,11 @@ class VramSlots:
 
     def slack(self, record_class: int) -> int:
         """How many more slots may become proven."""
-        open_slots = self.tier.num_free(record_class) + len(self._unproven[record_class])
-        return open_slots - self.reserve[record_class]
+        coming = sum(self._class[slot] == record_class for slot in self.deferred)
+        return self._num_open(record_class) + coming - self.reserve[record_class]
+
+    def _num_open(self, record_class: int) -> int:
+        return self.tier.num_free(record_class) + len(self._unproven[record_class])
 
     # -- filling --------------------------------------------------------------------------------
 
@@ -97,11 +106,25 @@ class VramSlots:
         self._filling.add(slot)
         return slot
 
+    def take_deferred(self, record_class: int, expert: int) -> int | None:
+        """A slot for a copy of `expert` that goes on after the call; FILLING until `publish`.
+
+        None where the layers' misses would not find enough places beside it.
+        """
+        enough = self._num_open(record_class) > self._least[record_class]
+        if not enough or not self.make_room(record_class, 1):
+            return None
+        slot = self.take(record_class, expert)
+        self._filling.remove(slot)
+        self.deferred.add(slot)
+        return slot
+
     def publish(self, slot: int) -> None:
         """The copy into `slot` is enqueued: lookups that are enqueued later may find it."""
         expert = int(self.tier.owner[slot])
         self.tier.state[slot] = _READY
         self._filling.discard(slot)
+        self.deferred.discard(slot)
         self.slot_of[expert] = slot
         self.table.set(expert, self._offsets[slot])
         self._unproven[self._class[slot]][slot] = None
@@ -122,6 +145,20 @@ class VramSlots:
         self._filling.clear()
 
     # -- staying --------------------------------------------------------------------------------
+
+    def make_place(self, record_class: int, expert: int) -> list[int] | None:
+        """Let `expert`, which is to come, find a place among the proven.
+
+        The slots that became unproven for it; None where it is not worth that.
+        """
+        if self.slack(record_class) > 0:
+            return []
+        rival, its = self._least_proven(record_class)
+        worth = self._placement.policy.worth(np.array([expert]), self._placement.step)
+        if rival is None or float(worth[0]) <= _COPY_PAYS * its:
+            return None
+        self.unprove(rival)
+        return [rival]
 
     def admit(self, slots: Sequence[int]) -> list[int]:
         """Prove those of `slots` that are worth it; the slots that became unproven instead."""
@@ -250,7 +287,8 @@ class VramSlots:
     def check_integrity(self) -> None:
         """free + unproven + proven = slots, and table, mirror and slots tell the same story."""
         tier = self.tier
-        tier.check_integrity()
+        assert not self._filling, "copies of no call"
+        tier.check_integrity(self.deferred)
         ready = np.flatnonzero(tier.state == SlotState.READY).tolist()
         assert {int(tier.owner[s]): s for s in ready} == {
             int(expert): int(self.slot_of[expert])

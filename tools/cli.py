@@ -104,7 +104,7 @@ def run(
     io: Annotated[
         str, typer.Option("--io", envvar="TIERRUN_IO", help="auto, direct, mmap, buffered.")
     ] = _DEFAULT.io,
-    policy: Annotated[str, typer.Option("--policy", help="Replacement: lfru, lru.")] = (
+    policy: Annotated[str, typer.Option("--policy", help="Replacement: lfru, lru, layers.")] = (
         _DEFAULT.policy
     ),
     lookahead: Annotated[
@@ -116,6 +116,10 @@ def run(
     exact: Annotated[
         bool, typer.Option("--exact", help="The same bits for any budget: fixed kernels.")
     ] = False,
+    lanes: Annotated[
+        str,
+        typer.Option("--lanes", help="Experts in RAM, beside a GPU: auto, copy, cpu."),
+    ] = _DEFAULT.lanes,
     compile_: Annotated[
         str, typer.Option("--compile", help="torch.compile on the GPU: auto, on, off.")
     ] = _DEFAULT.compile,
@@ -151,6 +155,7 @@ def run(
         threads=threads,
         depth=depth,
         exact=exact,
+        lanes=lanes,
         compile=compile_,
         graphs=_switch("--graphs", graphs),
         strict=strict,

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import xxhash
 
@@ -20,10 +21,13 @@ from tierrun.engine.gpu.attention import ATTENTION
 from tierrun.engine.gpu.cache import FixedCache, GrowingCache, make_cache
 from tierrun.engine.gpu.context import DeviceContext, DeviceRunner
 from tierrun.engine.gpu.experts import DEVICE_EXPERTS, DeviceExperts, NoExperts, forget
+from tierrun.engine.gpu.hostlane import HostLane
 from tierrun.engine.gpu.norms import fuse_norms
 from tierrun.engine.gpu.routers import fuse_routers
+from tierrun.engine.gpu.ops import DECODE_TOKENS
 from tierrun.engine.gpu.weights import to_device
 from tierrun.engine.kernels.cpu import CpuKernels
+from tierrun.engine.kernels.host import unsupported
 from tierrun.engine.model import load_model
 from tierrun.engine.options import Options
 from tierrun.engine.resident import ResidentWeights
@@ -32,15 +36,20 @@ from tierrun.io.extent import format_bytes
 from tierrun.io.store import ExpertKey, RecordClass, Store
 from tierrun.tiers.budget import DeviceNeeds, resolve_device_vram, resolve_ram, resolve_vram
 from tierrun.tiers.copies import Copies, CudaCopies, HostCopies
+from tierrun.tiers.lanes import Cost, Lanes
 from tierrun.tiers.ledger import Ledger
 from tierrun.tiers.placement import Placement
 from tierrun.tiers.policy import make_policy
 from tierrun.tiers.residency import Residency
 from tierrun.tiers.setup import DeviceTiers, device_figures, make_device_tiers, prefill_window
 from tierrun.tiers.slab import host_bytes
+from tierrun.tiers.tier import Tier
 from tierrun.tiers.vram import VramTier
 
 log = logging.getLogger(__name__)
+
+_LAUNCHES = 30e-6
+"""Seconds until what has been copied is computed, beside the copies themselves."""
 
 
 class GpuBackend:
@@ -91,6 +100,7 @@ class GpuBackend:
         self.vram = VramTier(self.residency, tiers.hot, copies, window)
         self._warm = tiers.warm
         self.hook = DeviceExperts(self.model, store.manifest, self.vram, device)
+        self._host = self._host_lane(ledger, tiers)
         self._runner = DeviceRunner(
             self.model,
             self.hook,
@@ -99,6 +109,34 @@ class GpuBackend:
             graphs=options.graphs,
             compiled=self._compiled(store),
         )
+
+    def _host_lane(self, ledger: Ledger, tiers: DeviceTiers) -> HostLane | None:
+        """The CPU's part in what VRAM lacks, calibrated; None where it has none, said why."""
+        mode = "copy" if self._options.exact else self._options.lanes
+        if mode == "copy" or tiers.hot.num_slots >= self._store.manifest.num_experts:
+            return None
+        layouts = self.hook.layouts
+        obstacle = next(filter(None, map(unsupported, dict.fromkeys(layouts))), None)
+        if obstacle is not None:
+            log.warning("the CPU computes none of what VRAM lacks: %s", obstacle)
+            return None
+        top_k = max(layer.top_k for layer in self._store.manifest.layers)
+        host = HostLane(
+            layouts,
+            DECODE_TOKENS,
+            DECODE_TOKENS * top_k,
+            self._options.num_threads,
+            ledger.counters,
+            pinned=self._device.type == "cuda",
+        )
+        for number in range(len(self._store.manifest.classes)):
+            layer = self.residency.placement.class_of_layer.index(number)
+            host.calibrate(_free_slots(tiers.warm, number, top_k), layer)
+        lanes = Lanes(Cost(start=40e-6, slope=1 / 25e9), host.cost, mode)
+        self.vram.observe_copies(lambda n, seconds: lanes.copy.observe(n, seconds + _LAUNCHES))
+        self.hook.use_lanes(host, lanes)
+        log.info("lanes: an expert in RAM takes the CPU %s", host.cost.text())
+        return host
 
     def _make_tiers(self, store: Store, workspace: int) -> tuple[DeviceTiers, Copies]:
         """Budgets become tiers; what the model needs besides is allocated already."""
@@ -156,6 +194,10 @@ class GpuBackend:
 
     def close(self) -> None:
         """See `Backend`."""
+        lanes = self.hook.lanes
+        if self._host is not None and lanes is not None:
+            log.info("lanes: the CPU %s, copies %s", lanes.cpu.text(), lanes.copy.text())
+            self._host.close()
         self.vram.close()
         self.queue.close()
         self._warm.slab.release()
@@ -212,6 +254,12 @@ class GpuBackend:
         cache.reset()
         peak = torch.cuda.max_memory_allocated(self._device) if cuda else 0
         return max(0, peak - before - cache.nbytes)
+
+
+def _free_slots(tier: Tier, record_class: int, count: int) -> list[torch.Tensor]:
+    """The memory of some slots that hold nothing yet."""
+    slots = np.flatnonzero(tier.record_class == record_class)[:count]
+    return [tier.memory(slot) for slot in slots.tolist()]
 
 
 def _bytes_per_assignment(record: RecordClass) -> int:

@@ -7,8 +7,10 @@ are kept apart by top-k slot and summed in that order afterwards, so the result 
 where an expert was. Prefill streams every expert of the layer through VRAM once.
 """
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 from weakref import ReferenceType, ref
@@ -22,18 +24,26 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from tierrun.engine.architecture import experts_modules
 from tierrun.engine.experts import Interrupted
 from tierrun.engine.gpu.compute import ExpertCompute, Prefill
-from tierrun.engine.gpu.layout import expert_layout
+from tierrun.engine.gpu.hostlane import HostLane
+from tierrun.engine.gpu.layout import ExpertLayout, expert_layout
 from tierrun.engine.gpu.letters import Letter, Mailboxes
 from tierrun.engine.gpu.ops import DECODE_TOKENS, weighted_sum
 from tierrun.engine.kernels.lookup import look_up
 from tierrun.io.store import Manifest
-from tierrun.tiers.vram import VramTier
+from tierrun.io.timeline import HOST, span
+from tierrun.tiers.lanes import Lanes
+from tierrun.tiers.ledger import LayerTiming
+from tierrun.tiers.residency import Held
+from tierrun.tiers.vram import Arrival, VramTier
 
 DEVICE_EXPERTS = "tierrun_device"
 """The name of our function in transformers' ExpertsInterface."""
 
 Cut = Callable[[Callable[[], None]], None]
 """Ends the graph that is being recorded; the host step given follows it."""
+
+_SEEDING = 8
+"""Last tokens of a prompt's chunk whose choices count as used: what decode is likely to want."""
 
 _keys = count()
 _layers: "dict[int, tuple[ReferenceType[DeviceExperts | NoExperts], int]]" = {}
@@ -57,6 +67,7 @@ class DeviceExperts:
         self, model: nn.Module, manifest: Manifest, vram: VramTier, device: torch.device
     ) -> None:
         self._manifest, self._vram, self._device = manifest, vram, device
+        self._ledger, self._last_end = vram.ledger, time.perf_counter()
         modules = list(experts_modules(model).values())
         self._compute = [
             ExpertCompute(module, expert_layout(module, manifest.class_of(layer)))
@@ -72,19 +83,34 @@ class DeviceExperts:
         self._counts, self._first = counts.numpy(), np.cumsum([0, *sizes])
         self.interrupted = False
         self.cut: Cut | None = None
+        self.lanes: Lanes | None = None
+        self._host: HostLane | None = None
         for layer, module in enumerate(modules):
             _register(self, layer, module)
 
+    @property
+    def layouts(self) -> list[ExpertLayout]:
+        """Of every layer."""
+        return [compute.layout for compute in self._compute]
+
+    def use_lanes(self, host: HostLane, lanes: Lanes) -> None:
+        """Have `host` compute what `lanes` does not want copied; before the first forward pass."""
+        self._host, self.lanes = host, lanes
+
     def start_forward(self) -> None:
-        """A forward pass begins."""
+        """A forward pass begins: what is not serving misses counts as resident from here."""
         self._vram.next_step()
+        self._last_end = time.perf_counter()
 
     def end_forward(self, tokens: int) -> None:
         """It is over; the policy learns of the layers that had everything."""
         self._account()
+        self._time(len(self._manifest.layers), tokens, time.perf_counter(), 0.0, 0)
 
     def abandon(self) -> None:
         """A forward pass was broken off: nothing of it is left under way."""
+        if self._host is not None:
+            self._host.abandon()
         self._vram.abandon()
         self._vram.copies.synchronize()
         self._mailboxes.clear()
@@ -107,7 +133,8 @@ class DeviceExperts:
     ) -> None:
         """Look up, compute what is there, and let the host see to the rest."""
         slots = torch.empty(top_k.numel(), dtype=torch.int64, device=self._device)
-        look_up(self._vram.table_of(layer), top_k, slots, self._mailboxes.memory(layer))
+        told = () if self._host is None else (hidden, self._host.hidden)
+        look_up(self._vram.table_of(layer), top_k, slots, self._mailboxes.memory(layer), *told)
         self._compute[layer].decode(hidden, self._vram.base, slots, outputs)
         call = _Call(layer, hidden, outputs, top_k.numel())
         if self.cut is not None:
@@ -119,26 +146,69 @@ class DeviceExperts:
         """The host's part of a layer: nothing, where everything was in VRAM."""
         if self.interrupted:
             raise Interrupted
-        letter = self._mailboxes.wait(call.layer, call.assignments)
+        with span(HOST, f"layer {call.layer}: waits for the letter"):
+            letter = self._mailboxes.wait(call.layer, call.assignments)
         if letter.slots.min() >= 0:
             self._unaccounted.append((call.layer, letter.experts))
             return
         self._account()
-        self._fetch(call, letter)
+        started, counters = time.perf_counter(), self._ledger.counters
+        waited, read = counters.wait_seconds, counters.cold
+        with span(HOST, f"layer {call.layer}: serves misses"):
+            self._fetch(call, letter)
+        nbytes = (counters.cold - read) * self._manifest.class_of(call.layer).nbytes
+        waited = counters.wait_seconds - waited
+        self._time(call.layer, len(call.hidden), started, waited, nbytes)
+
+    def _time(self, layer: int, tokens: int, started: float, waited: float, nbytes: int) -> None:
+        """Note a layer that had misses: the time before it, and what serving them took."""
+        now = time.perf_counter()
+        timing = LayerTiming(
+            step=self._vram.residency.placement.step,
+            layer=layer,
+            tokens=tokens,
+            resident=started - self._last_end,
+            hits=0.0,
+            misses=now - started - waited,
+            wait=waited,
+            read_bytes=nbytes,
+        )
+        self._ledger.timings.append(timing)
+        self._last_end = now
 
     def _fetch(self, call: _Call, letter: Letter) -> None:
-        """Compute the assignments that had no slot, as their experts come into VRAM."""
+        """Compute the assignments that had no slot, in VRAM and in RAM, as their experts come."""
         self._count([(call.layer, letter.experts)])
         wanted = list(dict.fromkeys(letter.experts.tolist()))
-        for arrived in self._vram.fetch(call.layer, wanted):
-            slots = np.full(call.assignments, -1, dtype=np.int64)
-            for expert, offset in arrived:
-                slots[(letter.experts == expert) & (letter.slots < 0)] = offset
-            if (slots < 0).all():
-                continue
-            self._vram.copies.ready()
-            places = self._staging.upload(slots)
-            self._compute[call.layer].decode(call.hidden, self._vram.base, places, call.outputs)
+        if self._host is None or self.lanes is None:
+            for arrived, _ in self._vram.fetch(call.layer, wanted):
+                self._launch(call, letter, arrived)
+            return
+        host, choose = self._host, partial(self._num_copied, self.lanes, letter)
+        host.begin()
+        for arrived, held in self._vram.fetch(call.layer, wanted, choose):
+            if held:
+                host.start(call.layer, held, letter.experts, call.assignments // len(call.hidden))
+            self._launch(call, letter, arrived)
+            if held:
+                host.finish(call.outputs)
+
+    def _launch(self, call: _Call, letter: Letter, arrived: Sequence[Arrival]) -> None:
+        """Compute, on the device, the assignments that want what has just come."""
+        slots = np.full(call.assignments, -1, dtype=np.int64)
+        for expert, offset in arrived:
+            slots[(letter.experts == expert) & (letter.slots < 0)] = offset
+        if (slots < 0).all():
+            return
+        self._vram.copies.ready()
+        places = self._staging.upload(slots)
+        self._compute[call.layer].decode(call.hidden, self._vram.base, places, call.outputs)
+
+    def _num_copied(self, lanes: Lanes, letter: Letter, held: list[Held]) -> int:
+        """Of experts in RAM, how many go up; the CPU has one product per token that wants it."""
+        nbytes = [held_bytes(one) for one in held]
+        tokens = [int((letter.experts == one.expert).sum()) for one in held]
+        return lanes.num_copied(nbytes, [n * t for n, t in zip(nbytes, tokens, strict=True)])
 
     def _account(self) -> None:
         """Tell policy and counters of the layers that found everything in VRAM."""
@@ -162,10 +232,17 @@ class DeviceExperts:
         self._account()
         prefill = Prefill(self._compute[layer], hidden, top_k, len(self.usage[layer]))
         self.usage[layer] += torch.tensor(prefill.counts)
-        for group in self._vram.stream(layer, prefill.experts):
-            self._vram.copies.ready()
-            prefill.run(self._vram.base, group, outputs)
-        self._vram.used(layer, top_k[-1].tolist())
+        with span(HOST, f"layer {layer}: streams {len(prefill.experts)} experts"):
+            for group in self._vram.stream(layer, prefill.experts):
+                self._vram.copies.ready()
+                prefill.run(self._vram.base, group, outputs)
+        for chosen in top_k[-_SEEDING:].tolist():
+            self._vram.used(layer, chosen)
+
+
+def held_bytes(held: Held) -> int:
+    """Of its record."""
+    return held.tier.record_bytes[int(held.tier.record_class[held.slot])]
 
 
 class NoExperts:

@@ -19,9 +19,17 @@ def mailbox_elements(assignments: int) -> int:
 
 
 def look_up(
-    table: torch.Tensor, experts: torch.Tensor, slots: torch.Tensor, mailbox: torch.Tensor
+    table: torch.Tensor,
+    experts: torch.Tensor,
+    slots: torch.Tensor,
+    mailbox: torch.Tensor,
+    hidden: torch.Tensor | None = None,
+    copy: torch.Tensor | None = None,
 ) -> None:
     """`slots[i] = table[experts[i]]`, all int64; then both into `mailbox`, then its flag is 1.
+
+    With `hidden` (fp32, contiguous) it is written to `copy` (pinned, as long at least) before the
+    flag: the host has it as soon as it has the letter.
 
     Args:
         table: byte offset of each expert of one layer in VRAM, −1 where it is not there.
@@ -29,12 +37,35 @@ def look_up(
         mailbox: pinned host memory, `mailbox_elements` long; the host sets the flag back to 0.
     """
     count = experts.numel()
-    block = triton.next_power_of_2(count)
-    _look_up[(1,)](table, experts, slots, mailbox, count, BLOCK=block, num_warps=1)
+    numbers = 0 if hidden is None else hidden.numel()
+    _look_up[(1,)](
+        table,
+        experts,
+        slots,
+        mailbox,
+        count,
+        hidden,
+        copy,
+        NUMBERS=numbers,
+        BLOCK=triton.next_power_of_2(count),
+        CHUNK=2048,
+        num_warps=1 if hidden is None else 4,
+    )
 
 
 @triton.jit
-def _look_up(table, experts, slots, mailbox, count, BLOCK: tl.constexpr):
+def _look_up(
+    table,
+    experts,
+    slots,
+    mailbox,
+    count,
+    hidden,
+    copy,
+    NUMBERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     place = tl.arange(0, BLOCK)
     inside = place < count
     expert = tl.load(experts + place, mask=inside, other=0)
@@ -42,5 +73,10 @@ def _look_up(table, experts, slots, mailbox, count, BLOCK: tl.constexpr):
     tl.store(slots + place, slot, mask=inside)
     tl.store(mailbox + 1 + place, expert, mask=inside)
     tl.store(mailbox + 1 + count + place, slot, mask=inside)
+    if hidden is not None:
+        for first in range(0, NUMBERS, CHUNK):
+            number = first + tl.arange(0, CHUNK)
+            value = tl.load(hidden + number, mask=number < NUMBERS)
+            tl.store(copy + number, value, mask=number < NUMBERS)
     tl.debug_barrier()  # every thread's stores come before the one thread's release
     tl.atomic_xchg(mailbox, 1, sem="release", scope="sys")

@@ -61,6 +61,9 @@ class _Copy:
         self._stream.advance(self._place)
         return 0.0
 
+    def is_done(self) -> bool:
+        return self._stream.done >= self._place
+
 
 class FakeStreams:
     """`Copies` that holds everything back until it is waited for.
@@ -69,11 +72,14 @@ class FakeStreams:
     """
 
     def __init__(self, drift: random.Random | None = None) -> None:
-        self.up, self.down, self.compute = Stream(), Stream(), Stream()
+        self.up, self.down, self.compute, self.beside = Stream(), Stream(), Stream(), Stream()
         self._drift = drift
 
     def to_device(self, pairs: Pairs) -> _Copy:
         return self._copy(self.up, pairs)
+
+    def aside(self, pairs: Pairs) -> _Copy:
+        return self._copy(self.beside, pairs)
 
     def to_host(self, pairs: Pairs) -> _Copy:
         self.down.wait_for(self.up)
@@ -104,10 +110,11 @@ class FakeStreams:
         return lambda: self.up.wait_until(self.compute, place)
 
     def synchronize(self) -> None:
-        for stream in (self.up, self.down, self.compute):
+        for stream in (self.up, self.down, self.compute, self.beside):
             stream.advance(stream.enqueued)
 
     def _wander(self) -> None:
         if self._drift is not None:
             for _ in range(self._drift.randrange(6)):
-                self._drift.choice((self.up, self.down, self.compute)).try_one()
+                streams = (self.up, self.down, self.compute, self.beside)
+                self._drift.choice(streams).try_one()

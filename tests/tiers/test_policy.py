@@ -91,5 +91,5 @@ def test_asking_changes_nothing(name: str, history: list[tuple[int, set[int]]]) 
 
 
 def test_an_unknown_policy_is_refused_with_the_choices() -> None:
-    with pytest.raises(UsageError, match="--policy belady: choose lru or lfru"):
+    with pytest.raises(UsageError, match="--policy belady: choose lru, lfru, layers"):
         make_policy("belady", NUM_EXPERTS)

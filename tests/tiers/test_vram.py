@@ -18,6 +18,7 @@ from tierrun.io.errors import ReadError
 from tierrun.io.extent import PAGE
 from tierrun.io.store import ExpertKey
 from tierrun.tiers.copies import Copy, HostCopies, Pairs
+from tierrun.tiers.residency import Held
 from tierrun.tiers.tier import SlotState
 from tierrun.tiers.transfers import worth_demoting
 
@@ -61,7 +62,8 @@ def test_what_is_missing_is_brought_and_found_the_next_time(kind: str) -> None:
 def test_what_warm_has_comes_first_and_together(kind: str) -> None:
     with make_vram(kind, layers=[Experts(8, 4)], vram=(6,), warm=(8,)) as it:
         it.rig.prefill(0, [5, 2])
-        lists = [[e for e, _ in arrived] for arrived in it.vram.fetch(0, [1, 5, 0, 2])]
+        fetched = it.vram.fetch(0, [1, 5, 0, 2])
+        lists = [[e for e, _ in brought.arrived] for brought in fetched]
         assert lists[0] == [5, 2] and sorted(sum(lists[1:], [])) == [0, 1]
         assert (it.rig.counters.warm, it.rig.counters.cold) == (2, 2 + 2)
 
@@ -178,6 +180,85 @@ def test_the_reserve_is_top_k_or_more_where_that_costs_little(slots: int, reserv
         assert it.vram.slots.reserve == [reserve]
 
 
+# -- what is computed in RAM ---------------------------------------------------------------------
+
+
+def none_copied(held: list[Held]) -> int:
+    return 0
+
+
+@kinds
+def test_what_is_computed_in_ram_is_not_waited_for_and_comes_up_later(kind: str) -> None:
+    with make_vram(kind, layers=WIDE, vram=(6,), warm=(12,)) as it:
+        it.choose = none_copied
+        assert sorted(step(it, 0, 3, 1)) == [1, 3]
+        assert {key.expert for key in it.computed} == {1, 3}, "in RAM"
+        it.vram.check_integrity()
+        assert it.here(0) == {1, 3}
+        assert step(it, 0, 1, 3) == [], "from VRAM"
+        assert it.rig.counters.promoted_bytes == 2 * PAGE
+
+
+def test_a_deferred_copy_is_found_only_when_it_has_come() -> None:
+    streams = FakeStreams()
+    with make_vram(streams, layers=WIDE, vram=(6,), warm=(12,)) as it:
+        it.choose = none_copied
+        step(it, 0, 3)
+        assert it.here(0) == set() and it.vram.slots.deferred
+        step(it, 1, 4)
+        assert it.here(0) == set(), "the copy has not run"
+        streams.beside.advance(streams.beside.enqueued)
+        step(it, 2, 5)
+        assert it.here(0) == {3}, "seen at the next call"
+
+
+@kinds
+def test_what_is_coming_up_already_is_waited_for_where_it_is_wanted(kind: str) -> None:
+    with make_vram(FakeStreams() if kind == "fake" else kind, layers=WIDE, warm=(12,)) as it:
+        it.choose = none_copied
+        step(it, 0, 3)
+        copied = it.rig.counters.promoted_bytes
+        it.choose = None
+        step(it, 0, 3)
+        assert it.rig.counters.promoted_bytes == copied, "copied once"
+        assert it.here(0) == {3}
+        it.choose = none_copied
+        step(it, 0, 5)
+        assert sorted(sum(it.prefill(0, [3, 5]), [])) == [3, 5]
+
+
+def test_what_vram_would_not_keep_stays_in_ram() -> None:
+    with make_vram(layers=WIDE, vram=(4,), warm=(12,)) as it:
+        for _ in range(10):
+            learn(it, 0, 0, 1)
+        it.choose = none_copied
+        before = it.rig.counters.promoted_bytes
+        for _ in range(3):
+            step(it, 0, 5)
+        assert it.rig.counters.promoted_bytes == before
+        for _ in range(20):
+            step(it, 0, 5)
+        assert it.here(0) >= {0, 1, 5}, "until it is worth it"
+
+
+def test_deferred_copies_leave_a_layer_its_slots() -> None:
+    with make_vram(FakeStreams(), layers=WIDE, vram=(3,), warm=(3,)) as it:
+        it.choose = none_copied
+        for expert in range(12):
+            assert step(it, expert % 3, expert, (expert + 1) % 12)
+        it.choose = None
+        assert len(step(it, 0, 7, 11)) >= 1
+
+
+def test_the_first_to_be_copied_are_worth_most() -> None:
+    with make_vram(layers=[Experts(12, 4)], vram=(9,), warm=(12,)) as it:
+        it.rig.prefill(0, list(range(12)))
+        it.vram.residency.used(0, [7])
+        it.choose = lambda held: 1
+        step(it, 0, 2, 5, 7)
+        assert [key.expert for key in it.computed] == [2, 5]
+
+
 # -- together with the warm tier -----------------------------------------------------------------
 
 
@@ -279,7 +360,7 @@ def test_a_call_that_nobody_finishes_ends_with_the_next_step(kind: str) -> None:
     with make_vram(kind, layers=WIDE, vram=(3,), warm=(3,)) as it:
         it.rig.prefill(0, [2])
         stale = it.vram.fetch(0, [2, 3])
-        assert [expert for expert, _ in next(stale)] == [2]
+        assert [expert for expert, _ in next(stale).arrived] == [2]
         it.vram.next_step()
         assert it.letter(0, [2]) == it.mirror(0, [2]) != [-1]
         assert sorted(it.decode(1, [0, 1])) == [0, 1]

@@ -91,9 +91,18 @@ class VramMachine(RuleBasedStateMachine):
         for key, count in flips.items():
             self.it.rig.reader.flips[self.it.rig.place(*key)] = count
 
-    @rule(layer=layers, experts=many_experts, patience=st.sampled_from([0, 1, 2, 9, 9, 9]))
-    def decode(self, layer: int, experts: list[int], patience: int) -> None:
-        """A layer for one or several tokens, perhaps given up after a few lists."""
+    @rule(
+        layer=layers,
+        experts=many_experts,
+        patience=st.sampled_from([0, 1, 2, 9, 9, 9]),
+        copied=st.sampled_from([9, 9, 1, 0]),
+    )
+    def decode(self, layer: int, experts: list[int], patience: int, copied: int) -> None:
+        """A layer for one or several tokens, perhaps given up after a few lists.
+
+        At most `copied` of what RAM has at a time go up, the others are computed there.
+        """
+        self.it.choose = lambda held: min(copied, len(held))
         experts = of_layer(layer, experts)
         if not experts:
             return
@@ -149,7 +158,7 @@ class VramMachine(RuleBasedStateMachine):
         experts = of_layer(layer, experts)
         self.it.letter(layer, experts)
         self.it.account()
-        call = self.it.vram.stream if streamed else self.it.vram.fetch
+        call = self.it.vram.stream if streamed else self.it.fetched
         generator = call(layer, experts)
         try:
             arrived = next(generator, None)
@@ -228,7 +237,7 @@ class VramMachine(RuleBasedStateMachine):
         if not hasattr(self, "it"):
             return
         tier, slots = self.it.tier, self.it.vram.slots
-        tier.check_integrity()
+        tier.check_integrity(slots.deferred)
         assert self.it.vram.nbytes <= self.budget
         assert all(slots.slack(record_class) >= 0 for record_class in range(2))
         counters = self.it.rig.counters

@@ -16,7 +16,7 @@ from tierrun.tiers.copies import Copies, CudaCopies, HostCopies
 from tierrun.tiers.memory import DeviceMemory
 from tierrun.tiers.slab import Slab
 from tierrun.tiers.tier import NOBODY, SlotState, Tier
-from tierrun.tiers.vram import Arrival, VramTier
+from tierrun.tiers.vram import Arrival, Choose, VramTier
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -46,6 +46,8 @@ class VramRig:
     copies: Copies
     seen: list[tuple[ExpertKey, torch.Tensor]] = field(default_factory=list)
     unaccounted: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    choose: Choose | None = None
+    computed: list[ExpertKey] = field(default_factory=list)
 
     # -- the device -----------------------------------------------------------------------------
 
@@ -92,11 +94,23 @@ class VramRig:
             return []
         self.account()
         brought = []
-        for arrived in self.limited(self.vram.fetch(layer, experts), patience):
+        for arrived in self.limited(self.fetched(layer, experts), patience):
             self.copies.ready()
             self.launch(layer, arrived)
             brought += [expert for expert, _ in arrived]
-        return brought
+        return brought + [key.expert for key in self.computed]
+
+    def fetched(self, layer: int, experts: Sequence[int]) -> Iterator[list[Arrival]]:
+        """What comes up; the rest is computed in RAM, as many as `choose` leaves."""
+        self.computed.clear()
+        for brought in self.vram.fetch(layer, experts, self.choose):
+            for held in brought.held:
+                assert held.tier.leases[held.slot] > 0, "not leased"
+                memory, key = held.tier.memory(held.slot), ExpertKey(layer, held.expert)
+                assert memory.numpy().tobytes() == self.rig.tiny.record(key), key
+                self.computed.append(key)
+            if brought.arrived:
+                yield brought.arrived
 
     def account(self) -> None:
         self.vram.all_hit(self.unaccounted)

@@ -1,0 +1,168 @@
+"""Experts that VRAM lacks and RAM has: how fast both lanes serve them, together and each alone.
+
+    python -m tierrun.bench.gpu_lanes STORE --vram 1%experts
+
+One engine; the modes take turns, so that nothing else differs. *Misses alone*: layers one after
+the other are asked for top-k experts of which VRAM has none, and the device is waited for after
+each; bytes of their records by seconds. *Decode*: the fixed stream of tokens, little in VRAM.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import typer
+from rich.table import Table
+
+from tierrun.bench import devices
+from tierrun.bench.devices import Setting, say, synchronise
+from tierrun.bench.report import Spread, document, emit, open_console, run_script, spread
+from tierrun.bench.stream import token_stream
+from tierrun.engine.engine import Engine
+from tierrun.io.errors import TierrunError
+from tierrun.tiers.lanes import LANES
+from tierrun.tiers.tier import NOBODY
+
+PROMPT = 1024
+
+
+class Sample(NamedTuple):
+    """One turn of one mode: what it served by seconds, and how the CPU shared in it."""
+
+    bytes_per_second: float
+    cpu_share: float
+
+
+class Misses:
+    """Layers that find nothing in VRAM and everything in RAM."""
+
+    def __init__(self, engine: Engine, device: str) -> None:
+        self._engine, self._device = engine, device
+        backend: Any = engine.backend  # only a GPU's has these
+        self._vram, self._hook = backend.vram, backend.hook
+        self._warm = backend.residency.placement
+        self._random = np.random.default_rng(0)
+
+    def sample(self, mode: str, steps: int) -> Sample:
+        """`steps` passes over all layers."""
+        self._hook.lanes.mode = mode
+        before, seconds = self._engine.ledger.snapshot(), 0.0
+        for _ in range(steps):
+            self._hook.start_forward()
+            seconds += sum(self._serve(*call) for call in self._calls())
+            self._hook.end_forward(1)
+        counters = self._engine.ledger.snapshot() - before
+        served = counters.promoted_bytes + counters.computed_bytes
+        return Sample(served / seconds, counters.computed_bytes / max(1, served))
+
+    def _calls(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        manifest = self._engine.store.manifest
+        hidden_size = self._engine.model.config.get_text_config().hidden_size
+        for layer, described in enumerate(manifest.layers):
+            experts = self._in_ram_only(layer)
+            if len(experts) >= described.top_k:
+                chosen = self._random.choice(experts, described.top_k, replace=False)
+                hidden = torch.randn(1, hidden_size, device=self._device)
+                yield layer, hidden, torch.tensor([chosen.tolist()], device=self._device)
+
+    def _in_ram_only(self, layer: int) -> np.ndarray:
+        first, last = self._warm.first[layer : layer + 2].tolist()
+        absent = np.flatnonzero(self._vram.slots.slot_of[first:last] == NOBODY)
+        return np.array([expert for expert in absent if first + int(expert) in self._warm.homes])
+
+    def _serve(self, layer: int, hidden: torch.Tensor, top_k: torch.Tensor) -> float:
+        synchronise(self._device)
+        started = time.perf_counter()
+        self._hook(layer, hidden, top_k)
+        synchronise(self._device)
+        return time.perf_counter() - started
+
+
+def decode_speed(engine: Engine, mode: str, stream: list[int], position: int, count: int) -> float:
+    """Tokens per second over `count` tokens of `stream` from `position` on."""
+    backend: Any = engine.backend
+    backend.hook.lanes.mode = mode
+    fixed = stream[position : position + count + 1]
+    records = engine.generate(
+        stream[position - PROMPT : position], len(fixed), fixed=fixed, ignore_eos=True
+    )
+    seconds = [record.figures.seconds for record in records][2:]
+    return len(seconds) / sum(seconds)
+
+
+def measure(engine: Engine, device: str, rounds: int, steps: int, tokens: int) -> dict[str, Any]:
+    """Every mode in turn, `rounds` times; spreads by mode."""
+    vocabulary = engine.model.config.get_text_config().vocab_size
+    stream = token_stream(PROMPT * 2 + rounds * tokens + 2, vocabulary)
+    engine.session().prefill(stream[:PROMPT])  # brings what RAM holds
+    misses = Misses(engine, device)
+    samples: dict[str, list[Sample]] = {mode: [] for mode in LANES}
+    speeds: dict[str, list[float]] = {mode: [] for mode in LANES}
+    for mode in LANES:
+        misses.sample(mode, 1)
+    for number in range(rounds):
+        for mode in LANES:
+            samples[mode].append(misses.sample(mode, steps))
+            place = PROMPT + number * tokens
+            speeds[mode].append(decode_speed(engine, mode, stream, place, tokens))
+    return {
+        mode: {
+            "bytes_per_second": spread([s.bytes_per_second for s in samples[mode]])._asdict(),
+            "cpu_share": spread([s.cpu_share for s in samples[mode]])._asdict(),
+            "tokens_per_second": spread(speeds[mode])._asdict(),
+        }
+        for mode in LANES
+    }
+
+
+def table(found: dict[str, Any], title: str) -> Table:
+    """One row per mode."""
+    made = Table(title=title)
+    for name in ("lanes", "misses alone, GB/s", "by the CPU, %", "decode, tok/s"):
+        made.add_column(name, justify="left" if name == "lanes" else "right")
+    for mode, row in found.items():
+        made.add_row(
+            "both" if mode == "auto" else mode,
+            Spread(**row["bytes_per_second"]).text(1, 1e-9),
+            Spread(**row["cpu_share"]).text(0, 100),
+            Spread(**row["tokens_per_second"]).text(1),
+        )
+    return made
+
+
+def main(
+    store: Annotated[Path, typer.Argument(help="The store's directory.")],
+    device: devices.Device = "cuda",
+    vram: devices.VramBudget = "1%experts",
+    ram: devices.RamBudget = "auto",
+    io: devices.Io = "auto",
+    threads: devices.Threads = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of every mode.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Passes over all layers per turn.")] = 4,
+    tokens: Annotated[int, typer.Option(min=2, help="Decoded per turn.")] = 32,
+    json_file: devices.JsonFile = None,
+) -> None:
+    """Measure the copy lane, the CPU lane, and both."""
+    devices.check_device(device)
+    setting = Setting(
+        device, vram, ram, context=2 * PROMPT, ubatch=PROMPT, io=io, threads=threads, lanes="auto"
+    )
+    with setting.load(store) as engine:
+        lanes = getattr(engine.hook, "lanes", None)
+        if lanes is None:
+            raise TierrunError("this engine has no CPU lane; see what it says when it loads")
+        found = measure(engine, device, rounds, steps, tokens)
+        costs = {"copy": lanes.copy.text(), "cpu": lanes.cpu.text()}
+    best = max(found[mode]["bytes_per_second"]["median"] for mode in ("copy", "cpu"))
+    ratio = found["auto"]["bytes_per_second"]["median"] / best
+    open_console().print(table(found, f"{store.name}, {vram} in VRAM"))
+    say(f"both lanes are {ratio:.2f} x the better one alone; fitted: {costs}")
+    document_ = {"modes": found, "ratio": ratio, "costs": costs, "vram": vram}
+    emit(document("gpu_lanes", document_), json_file)
+
+
+if __name__ == "__main__":
+    run_script(main)
