@@ -75,14 +75,14 @@ def main(
     chosen, reason = choose_device(device)
     obstacle = obstacle_to_gds(opened.shard_paths[0])
     setting = setting_of(opened, chosen, obstacle)
-    console.print(f"{setting.drives}; {setting.mode}", highlight=False)
+    console.print(f"{setting.drives}; {setting.mode}", highlight=False, markup=False)
     if chosen.type != "cuda":
-        console.print(f"no reads into VRAM: {reason}", highlight=False)
+        console.print(f"no reads into VRAM: {reason}", highlight=False, markup=False)
     plan = Plan(record_sizes(opened), [int(depth) for depth in depths.split(",")], seconds)
     cells = measure_store(opened, chosen, plan, with_gds=obstacle is None)
     measured = choose_paths(Profile(setting, tuple(cells)))
     console.print(table_of(cells))
-    console.print(f"--io auto: {measured.reason}", highlight=False)
+    console.print(f"--io auto: {measured.reason}", highlight=False, markup=False)
     results: dict[str, Any] = {
         "setting": {name: getattr(setting, name) for name in Setting.__slots__},
         "cells": [_as_json(cell) for cell in cells],

@@ -13,6 +13,7 @@ from tierrun.engine.options import Options
 from tierrun.io import gds
 from tierrun.io.direct import DirectReader
 from tierrun.io.drives import Drive, drives_of
+from tierrun.io.extent import format_bytes
 from tierrun.io.gds import GdsReader
 from tierrun.io.measuring import HostTrial, Place, Plan, Trial, describe, measure, short_plan
 from tierrun.io.profiles import (
@@ -87,8 +88,8 @@ def _reason_to_measure(known: Profile | None, setting: Setting, sizes: Sequence[
     changed = setting.difference(known.setting)
     if changed is not None:
         return f"its profile was of another {changed}"
-    missing = set(sizes) - known.sizes
-    return f"its profile has no records of {max(missing)} bytes" if missing else None
+    missing = [nbytes for nbytes in sizes if known.stand_in(nbytes) is None]
+    return f"its profile has no records of about {format_bytes(missing[0])}" if missing else None
 
 
 def _setting(drives: Sequence[Drive], device: torch.device) -> Setting:

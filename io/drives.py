@@ -11,7 +11,7 @@ _NAMES = ("wwid", "device/wwid", "serial", "device/serial")
 
 
 class Drive(NamedTuple):
-    """Where a drive is now (`259:1`), and what it is: its serial number, or what is mounted."""
+    """Where a drive is now (`259:1`), and what it is: its serial number and what is mounted."""
 
     number: str
     identity: str
@@ -25,7 +25,8 @@ def drives_of(directories: Iterable[Path]) -> tuple[Drive, ...]:
 def _drive(directory: Path) -> Drive:
     device = os.stat(directory).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
-    return Drive(number, _serial(number) or _mounted(number) or number)
+    names = [name for name in (_serial(number), _mounted(number)) if name]
+    return Drive(number, " ".join(names) or number)
 
 
 def _serial(number: str) -> str | None:

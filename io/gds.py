@@ -4,8 +4,9 @@ The only module that knows kvikio, which is an extra and imported when it is fir
 NVIDIA's driver even for reads into host memory. Its settings belong to the process; all of them
 that matter here are set, none is left to a default or to the environment.
 
-Each read is one task of kvikio's. Of a read in several tasks, the first to fail ends it while the
-others go on writing into its buffer.
+Each read is one task of kvikio's: of a read in several tasks, the first to fail ends it while the
+others go on writing into its buffer. Where cuFile is not used, kvikio reads into pinned buffers,
+one per thread, and copies; they are as large as the parts that the engine asks for.
 """
 
 import asyncio
@@ -20,11 +21,9 @@ from typing import Any, NamedTuple, Protocol
 from tierrun.io.errors import UsageError
 from tierrun.io.extent import PAGE
 from tierrun.io.reader import num_threads
+from tierrun.io.reads import PART_BYTES
 
 INSTALL = "pip install 'tierrun[gds]'"
-
-_TASK_BYTES = 4 << 20
-"""For what does not say; every read here does."""
 
 _GDS_THRESHOLD = 16 << 10
 """Device reads below it are not worth a trip through cuFile."""
@@ -70,7 +69,8 @@ class GdsReader:
             {
                 "compat_mode": kvikio.CompatMode.AUTO,
                 "num_threads": threads,
-                "task_size": _TASK_BYTES,
+                "task_size": PART_BYTES,
+                "bounce_buffer_size": PART_BYTES,
                 "gds_threshold": _GDS_THRESHOLD,
                 "auto_direct_io_read": True,
             }

@@ -89,9 +89,15 @@ class Profile:
         kept = tuple(cell for cell in self.cells if cell.nbytes not in sizes)
         return Profile(self.setting, kept + fresh)
 
+    def stand_in(self, nbytes: int) -> int | None:
+        """The measured size next to `nbytes`; None where it is not within a factor of two."""
+        distance = {size: abs(math.log2(size / nbytes)) for size in self.sizes}
+        nearest = min(distance, key=lambda size: distance[size], default=None)
+        return nearest if nearest is not None and distance[nearest] <= 1 else None
+
     def restricted(self, sizes: Iterable[int]) -> "Profile":
-        """The cells of `sizes` only: those of one store."""
-        wanted = set(sizes)
+        """The cells that stand in for records of `sizes`: what concerns one store."""
+        wanted = {self.stand_in(nbytes) for nbytes in sizes}
         return Profile(self.setting, tuple(c for c in self.cells if c.nbytes in wanted))
 
     def to_json(self) -> str:

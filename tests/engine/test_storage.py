@@ -143,10 +143,10 @@ def test_a_kvikio_of_another_version_is_measured_again(
 def test_records_of_other_sizes_join_the_profile(
     gpu: FakeGpu, store: Store, tmp_path: Path
 ) -> None:
-    other = tiny_store([Experts(4, 2, pages=7)], [tmp_path / "other"]).write()
+    other = tiny_store([Experts(4, 2, pages=70)], [tmp_path / "other"]).write()
     for opened in (store, other, store, other):
         measured_paths(opened, Options(), CUDA)
-    assert gpu.measured == [(4096, 8192), (7 * 4096,)]
+    assert gpu.measured == [(4096, 8192), (70 * 4096,)]
 
 
 def test_what_could_not_all_be_measured_is_not_kept(gpu: FakeGpu, store: Store) -> None:

@@ -23,6 +23,7 @@ from tierrun.io.errors import UsageError
 from tierrun.io.extent import PAGE
 from tierrun.io.gds import GdsReader, obstacle_to_gds
 from tierrun.io.reader import Measured, Reader, choose_reader, open_reader
+from tierrun.io.reads import PART_BYTES
 from tierrun.io.spare import SparedReader
 
 NUM_PAGES = 23
@@ -106,7 +107,8 @@ def test_each_read_is_one_task_and_settings_are_set(kvikio: FakeKvikio, shard: P
     assert kvikio.settings == {
         "compat_mode": sys.modules["kvikio"].CompatMode.AUTO,
         "num_threads": 5,
-        "task_size": 4 << 20,
+        "task_size": PART_BYTES,
+        "bounce_buffer_size": PART_BYTES,
         "gds_threshold": 16 << 10,
         "auto_direct_io_read": True,
     }

@@ -190,6 +190,18 @@ def test_new_sizes_join_old_ones() -> None:
     assert joined.restricted([PAGE]).typical(DIRECT) == pytest.approx(1e9)
 
 
+@pytest.mark.parametrize(
+    ("nbytes", "stand_in"),
+    [(499, None), (500, 1000), (1000, 1000), (3000, 4000), (8000, 4000), (8001, None)],
+)
+def test_a_size_stands_in_for_those_within_a_factor_of_two(
+    nbytes: int, stand_in: int | None
+) -> None:
+    measured = profile({DIRECT: 1.0}, sizes=(1000, 4000))
+    assert measured.stand_in(nbytes) == stand_in
+    assert Profile(SETTING, ()).stand_in(nbytes) is None
+
+
 # -- drives -----------------------------------------------------------------------------------
 
 
@@ -227,12 +239,16 @@ def test_a_drive_is_known_by_its_serial_number(
     assert drives_of([tmp_path])[0].identity == "eui.0025"
 
 
-def test_without_one_by_what_is_mounted(tmp_path: Path, system: Callable[[str, str], None]) -> None:
+def test_a_drive_is_known_by_what_is_mounted(
+    tmp_path: Path, system: Callable[[str, str], None]
+) -> None:
     number = drives_of([tmp_path])[0].number
     assert drives_of([tmp_path])[0].identity == number
     lines = ["1 2 9:9 / / rw - ext4 /dev/other rw", f"1 2 {number} / /x rw a:1 - xfs /dev/md0 rw"]
     system("mountinfo", "\n".join(lines))
     assert drives_of([tmp_path])[0].identity == "xfs /dev/md0"
+    system("sys/drive/wwid", "eui.0025\n")
+    assert drives_of([tmp_path])[0].identity == "eui.0025 xfs /dev/md0"
 
 
 # -- measuring --------------------------------------------------------------------------------
