@@ -29,7 +29,7 @@ from tierrun.io.profiles import (
     Way,
     choose_paths,
 )
-from tierrun.io.reader import Measured, Reader, choose_reader, num_threads
+from tierrun.io.reader import Measured, choose_reader, num_threads
 from tierrun.io.store import Store
 from tierrun.tiers.staging import DeviceReader, Lanes, SparedDeviceReader, StagedReader
 from tierrun.tiers.straight import StraightReads
@@ -50,7 +50,10 @@ def measured_paths(store: Store, options: Options, device: torch.device) -> Meas
     obstacle = _obstacle(store, device)
     if obstacle is not None:
         return Measured("direct", "staged", f"gds: off, {obstacle}")
-    return choose_paths(_profile(store, device))
+    try:
+        return choose_paths(_profile(store, device))
+    except OSError as error:
+        return Measured("direct", "staged", f"gds: off, it could not be measured: {error}")
 
 
 def _obstacle(store: Store, device: torch.device) -> str | None:
@@ -107,45 +110,57 @@ def _setting(drives: Sequence[Drive], device: torch.device) -> Setting:
 def measure_store(
     store: Store, device: torch.device, plan: Plan, *, with_gds: bool = True
 ) -> list[Cell]:
-    """Every way there is: to the host, and where `device` is a GPU to it."""
-    return asyncio.run(_measure(store, device, plan, with_gds))
+    """Every way there is: to the host, and where `device` is a GPU to it.
+
+    On a thread of its own: the caller's may have an event loop that runs, as in a notebook.
+
+    Raises:
+        OSError: the shards cannot be opened.
+    """
+    with ThreadPoolExecutor(1, "tierrun-measuring") as pool:
+        return pool.submit(asyncio.run, _measure(store, device, plan, with_gds)).result()
 
 
 async def _measure(store: Store, device: torch.device, plan: Plan, with_gds: bool) -> list[Cell]:
+    paths, depth, largest = store.shard_paths, max(plan.depths), max(plan.sizes)
     async with AsyncExitStack() as stack:
-        trials = _host_trials(store, plan, with_gds, stack)
-        memory = _device_memory(max(plan.sizes), device)
-        if memory is not None:
-            trials |= _device_trials(store, plan, with_gds, stack, memory)
+        direct = DirectReader(paths, depth)
+        stack.push_async_callback(direct.close)
+        trials: dict[Way, Trial] = {DIRECT: HostTrial(direct, largest)}
+        into_device = _DeviceTrials(store, device, plan, stack)
+        trials |= into_device.staged()
+        if with_gds:
+            kvikio = GdsReader(paths, depth)
+            stack.push_async_callback(kvikio.close)
+            trials |= {GDS: HostTrial(kvikio, largest)} | into_device.of(GDS_DEVICE, kvikio)
         return await measure(store, trials, plan)
 
 
-def _host_trials(
-    store: Store, plan: Plan, with_gds: bool, stack: AsyncExitStack
-) -> dict[Way, Trial]:
-    depth, largest = max(plan.depths), max(plan.sizes)
-    readers: dict[Way, Reader] = {DIRECT: DirectReader(store.shard_paths, depth)}
-    if with_gds:
-        readers[GDS] = GdsReader(store.shard_paths, depth)
-    for reader in readers.values():
-        stack.push_async_callback(reader.close)
-    return {way: HostTrial(reader, largest) for way, reader in readers.items()}
+class _DeviceTrials:
+    """Trials of reads into VRAM; none without a GPU, or where it has no memory to spare."""
 
+    def __init__(
+        self, store: Store, device: torch.device, plan: Plan, stack: AsyncExitStack
+    ) -> None:
+        self._paths, self._threads, self._stack = store.shard_paths, max(plan.depths), stack
+        self._memory = _device_memory(max(plan.sizes), device)
+        self._pool = stack.enter_context(ThreadPoolExecutor(self._threads, "tierrun-trial"))
 
-def _device_trials(
-    store: Store, plan: Plan, with_gds: bool, stack: AsyncExitStack, memory: torch.Tensor
-) -> dict[Way, Trial]:
-    lanes = Lanes(memory.device)
-    stack.callback(lanes.release)
-    staged = StagedReader(store.shard_paths, lanes, os.O_DIRECT)
-    stack.callback(staged.close)
-    readers: dict[Way, DeviceReader] = {STAGED: staged}
-    if with_gds:
-        kvikio = GdsReader(store.shard_paths, max(plan.depths))
-        stack.push_async_callback(kvikio.close)
-        readers[GDS_DEVICE] = kvikio
-    pool = stack.enter_context(ThreadPoolExecutor(max(plan.depths), "tierrun-trial"))
-    return {way: _DeviceTrial(reader, memory, pool) for way, reader in readers.items()}
+    def staged(self) -> dict[Way, Trial]:
+        """The way through pinned memory."""
+        if self._memory is None:
+            return {}
+        lanes = Lanes(self._memory.device, self._threads)
+        self._stack.callback(lanes.release)
+        reader = StagedReader(self._paths, lanes, os.O_DIRECT)
+        self._stack.callback(reader.close)
+        return self.of(STAGED, reader)
+
+    def of(self, way: Way, reader: DeviceReader) -> dict[Way, Trial]:
+        """`reader` as `way`."""
+        if self._memory is None:
+            return {}
+        return {way: _DeviceTrial(reader, self._memory, self._pool)}
 
 
 def _device_memory(nbytes: int, device: torch.device) -> torch.Tensor | None:
@@ -183,7 +198,8 @@ def open_straight(
 
     Where kvikio fails in mid-run, its reads are repeated through pinned memory, then all go there.
     """
-    paths, lanes = store.shard_paths, Lanes(device)
+    paths, threads = store.shard_paths, num_threads(store.shard_paths, options.depth)
+    lanes = Lanes(device, threads)
     direct = choose_reader("direct", paths).name == "direct"
     staged = StagedReader(paths, lanes, os.O_DIRECT if direct else 0)
     reader: DeviceReader = staged
@@ -191,10 +207,10 @@ def open_straight(
     if to_device == "gds":
         kvikio = GdsReader(paths, options.depth)
         reader = SparedDeviceReader(kvikio, staged)
-        closers.append(lambda: asyncio.run(kvikio.close()))
+        closers.append(kvikio.release)
 
     def close() -> None:
         for closer in closers:
             closer()
 
-    return StraightReads(store, reader, lanes, num_threads(paths, options.depth), close)
+    return StraightReads(store, reader, lanes, threads, close)

@@ -105,6 +105,11 @@ class GdsReader:
             raise OSError(errno.EIO, f"the file ends at byte {offset + count}")
 
     async def close(self) -> None:
+        """See `Reader`."""
+        self.release()
+
+    def release(self) -> None:
+        """`close`, for who has no event loop."""
         self._pool.shutdown()
         for file in self._files:
             file.close()

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Protocol
 
 import torch
@@ -55,21 +55,20 @@ class Lane:
 
 
 class Lanes:
-    """As many lanes as are used at once; made when first needed, kept until `release`."""
+    """`count` lanes, made at once: pinning memory makes the whole device wait."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, count: int) -> None:
         cuda = device.type == "cuda"
         self._memory = PinnedMemory(device, strict=False) if cuda else OrdinaryMemory()
-        self._device = device
+        self._lanes = [Lane(self._memory, device) for _ in range(count)]
         self._idle: SimpleQueue[Lane] = SimpleQueue()
+        for lane in self._lanes:
+            self._idle.put(lane)
 
     @contextmanager
     def lane(self) -> Iterator[Lane]:
-        """One that nobody else has."""
-        try:
-            lane = self._idle.get_nowait()
-        except Empty:
-            lane = Lane(self._memory, self._device)
+        """One that nobody else has; waits where all are in use."""
+        lane = self._idle.get()
         try:
             yield lane
         finally:
@@ -77,8 +76,8 @@ class Lanes:
 
     def release(self) -> None:
         """Unlock their memory; none may be in use."""
-        while not self._idle.empty():
-            self._memory.release(self._idle.get().buffer)
+        for lane in self._lanes:
+            self._memory.release(lane.buffer)
 
 
 class StagedReader:

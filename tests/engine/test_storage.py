@@ -1,20 +1,24 @@
 """Which ways the engine takes from the drive: measured once, by numbers that are said."""
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from tests.engine.conftest import Model
 from tests.fakes import Experts, TinyStore, tiny_store
 from tests.kvikios import FakeKvikio
 
+import tierrun
 from tierrun.engine import backend, storage
 from tierrun.engine.backend import chosen_reader
 from tierrun.engine.devices import DeviceChoice
 from tierrun.engine.options import Options
 from tierrun.engine.storage import measure_store, measured_paths, open_straight
 from tierrun.io.drives import Drive
+from tierrun.io.errors import UsageError
 from tierrun.io.measuring import Plan
 from tierrun.io.profiles import DIRECT, GDS, GDS_DEVICE, STAGED, WAYS, Cell
 from tierrun.io.reader import choose_reader
@@ -63,6 +67,7 @@ class FakeGpu:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.name, self.drive = "H100", "nvme.1"
+        self.monkeypatch = monkeypatch
         self.rates = {DIRECT: 5.0, GDS: 4.0, STAGED: 4.0, GDS_DEVICE: 6.0}
         self.measured: list[Sequence[int]] = []
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: self.name)
@@ -205,6 +210,23 @@ def test_a_store_is_measured(with_gds: bool, store: Store, kvikio: FakeKvikio) -
     assert bool(kvikio.reads) == with_gds
 
 
+def test_a_store_is_measured_also_while_an_event_loop_runs(store: Store) -> None:
+    async def in_a_notebook() -> list[Cell]:
+        return measure_store(store, CPU, Plan((4096,), (1,), 0.01), with_gds=False)
+
+    assert len(asyncio.run(in_a_notebook())) == 1
+
+
+def test_what_cannot_be_measured_is_not_used(gpu: FakeGpu, store: Store) -> None:
+    def fail(*arguments: object) -> list[Cell]:
+        raise OSError(24, "Too many open files")
+
+    gpu.monkeypatch.setattr(storage, "measure_store", fail)
+    measured = measured_paths(store, Options(), CUDA)
+    assert (measured.to_host, measured.to_device) == ("direct", "staged")
+    assert "Too many open files" in measured.reason
+
+
 def test_ways_into_vram_are_measured(
     store: Store, kvikio: FakeKvikio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,3 +256,27 @@ def test_straight_reads_are_opened_and_closed(
     assert into.numpy().tobytes() == tiny.record(key)
     assert ("then" in reads.reader_name) == (to_device == "gds")
     reads.close()
+
+
+def test_a_model_runs_on_kvikio_and_survives_it(
+    model: Model, kvikio: FakeKvikio, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Reads into the tiers, an error after some of them, and the same logits."""
+    tokens = [1, 2, 3, 4, 5, 6]
+    with tierrun.load(model.store, ram=str(model.smallest), device="cpu") as engine:
+        expected = engine.logits(tokens)
+    with tierrun.load(
+        model.store, ram=str(model.smallest), device="cpu", io="gds", strict=True
+    ) as engine:
+        begun = len(kvikio.reads)
+        kvikio.fails = lambda offset, size: len(kvikio.reads) > begun + 3
+        assert torch.equal(engine.logits(tokens), expected)
+        assert engine.stats().reader == "gds, then direct"
+    assert begun < len(kvikio.reads)
+    assert sum("in mid-run" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_strict_wants_gds_where_it_is_asked_for(model: Model, kvikio: FakeKvikio) -> None:
+    kvikio.driver = False
+    with pytest.raises(UsageError, match="--io gds: .*--strict"):
+        tierrun.load(model.store, ram="1GiB", device="cpu", io="gds", strict=True)
