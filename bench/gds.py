@@ -13,31 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 
 from tierrun.bench.report import document, emit, open_console, run_script
 from tierrun.engine.devices import choose_device
-from tierrun.engine.storage import measure_store
-from tierrun.io.drives import drives_of
+from tierrun.engine.storage import setting_of
+from tierrun.engine.trials import measure_store
 from tierrun.io.errors import UsageError
-from tierrun.io.gds import mode, obstacle_to_gds, version
+from tierrun.io.gds import obstacle_to_gds
 from tierrun.io.measuring import DEPTHS, Plan, record_sizes
 from tierrun.io.profiles import WAYS, Cell, Profile, Setting, choose_paths
 from tierrun.io.reader import choose_reader
 from tierrun.io.store import Store
-
-
-def setting_of(store: Store, device: torch.device, obstacle: str | None) -> Setting:
-    """Where the numbers are made."""
-    drives = drives_of(path.parent for path in store.shard_paths)
-    return Setting(
-        drives=", ".join(drive.identity for drive in drives),
-        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
-        kvikio="none" if obstacle else version(),
-        mode=f"no kvikio: {obstacle}" if obstacle else mode().reason,
-    )
 
 
 def table_of(cells: Sequence[Cell]) -> Table:

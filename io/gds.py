@@ -67,7 +67,6 @@ class GdsReader:
         threads = num_threads(paths, depth)
         kvikio.defaults.set(
             {
-                "compat_mode": kvikio.CompatMode.AUTO,
                 "num_threads": threads,
                 "task_size": PART_BYTES,
                 "bounce_buffer_size": PART_BYTES,
@@ -146,9 +145,6 @@ def version() -> str:
 
 
 def _compat_reason() -> str:
-    asked = os.environ.get("KVIKIO_COMPAT_MODE")
-    if asked is not None and asked.upper() != "AUTO":
-        return f"KVIKIO_COMPAT_MODE={asked}"
     if not os.access("/run/udev", os.R_OK):
         return "/run/udev cannot be read, as in most containers"
     return "libcufile cannot be used"
@@ -164,7 +160,7 @@ def _has_driver() -> bool:
 
 
 def _kvikio() -> Any:
-    """The module.
+    """The module, in its mode by what it finds and not by the environment.
 
     Raises:
         UsageError: not installed, or a library of its own is missing.
@@ -178,6 +174,7 @@ def _kvikio() -> Any:
         raise UsageError(f"kvikio cannot be loaded: {error}; {INSTALL}") from None
     except _LOADING_ERRORS as error:
         raise UsageError(f"kvikio cannot be loaded: {_first_line(error)}") from None
+    kvikio.defaults.set({"compat_mode": kvikio.CompatMode.AUTO})
     return kvikio
 
 

@@ -61,7 +61,7 @@ class Setting:
         for name in (field.name for field in fields(self)):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
-                return f"{name}: {theirs!r}, now {mine!r}"
+                return f"{name} {theirs!r} then, {mine!r} now"
         return None
 
 

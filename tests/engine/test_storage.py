@@ -12,11 +12,12 @@ from tests.fakes import Experts, TinyStore, tiny_store
 from tests.kvikios import FakeKvikio
 
 import tierrun
-from tierrun.engine import backend, storage
+from tierrun.engine import backend, storage, trials
 from tierrun.engine.backend import chosen_reader
 from tierrun.engine.devices import DeviceChoice
 from tierrun.engine.options import Options
-from tierrun.engine.storage import measure_store, measured_paths, open_straight
+from tierrun.engine.storage import measured_paths, open_straight
+from tierrun.engine.trials import measure_store
 from tierrun.io.drives import Drive
 from tierrun.io.errors import UsageError
 from tierrun.io.measuring import Plan
@@ -113,9 +114,9 @@ def _no_driver(gpu: FakeGpu, kvikio: FakeKvikio) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_other_drive, "another drives: 'nvme.1', now 'nvme.2'"),
-        (_other_gpu, "another gpu: 'H100', now 'H200'"),
-        (_no_driver, "another mode: 'cuFile with nvidia-fs', now"),
+        (_other_drive, "something else: drives 'nvme.1' then, 'nvme.2' now"),
+        (_other_gpu, "something else: gpu 'H100' then, 'H200' now"),
+        (_no_driver, "something else: mode 'cuFile with nvidia-fs' then"),
     ],
 )
 def test_a_profile_of_something_else_is_measured_again(
@@ -232,7 +233,7 @@ def test_ways_into_vram_are_measured(
 ) -> None:
     """With host memory for VRAM; kvikio takes a CPU tensor for nothing it knows."""
     memory = torch.empty(8192, dtype=torch.uint8)
-    monkeypatch.setattr(storage, "_device_memory", lambda nbytes, device: memory)
+    monkeypatch.setattr(trials, "_device_memory", lambda nbytes, device: memory)
     monkeypatch.setattr("tests.kvikios._writable", _writable)
     cells = measure_store(store, CPU, Plan((8192,), (1, 3), 0.01))
     assert {cell.way for cell in cells} == set(WAYS)

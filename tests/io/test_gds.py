@@ -194,14 +194,6 @@ def test_without_nvidia_fs_kvikio_reads_and_says_so_but_not_strictly(
         choose_reader("gds", [shard], strict=True)
 
 
-def test_an_environment_that_forces_compatibility_is_named(
-    kvikio: FakeKvikio, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kvikio.compat = True
-    monkeypatch.setenv("KVIKIO_COMPAT_MODE", "ON")
-    assert gds.mode() == (False, "kvikio is in its compatibility mode (KVIKIO_COMPAT_MODE=ON)")
-
-
 def test_a_tmpfs_has_no_gds_either(kvikio: FakeKvikio, memory_directory: Path) -> None:
     shard = memory_directory / "shard"
     shard.write_bytes(bytes(PAGE))

@@ -178,7 +178,7 @@ def test_a_setting_says_what_is_different(name: str) -> None:
     values = {"drives": "a", "gpu": "b", "kvikio": "c", "mode": "d"}
     assert Setting(**values).difference(Setting(**values)) is None
     changed = Setting(**(values | {name: "new"})).difference(Setting(**values))
-    assert changed == f"{name}: {values[name]!r}, now 'new'"
+    assert changed == f"{name} {values[name]!r} then, 'new' now"
 
 
 def test_new_sizes_join_old_ones() -> None:
