@@ -1,6 +1,6 @@
 """A kvikio made of Python: its signatures, and what it does as far as tierrun relies on it.
 
-As in kvikio 26.10 (cufile.py, defaults.py, cufile_driver.py, remote_file.py): errors are
+As in kvikio 26.10 (cufile.py, defaults.py, cufile_driver.py): errors are
 RuntimeError, settings are read and written by name, files open without errno in what they raise.
 """
 
@@ -45,7 +45,6 @@ class FakeKvikio:
                 "__path__": [],
                 "CompatMode": CompatMode,
                 "CuFile": self._open,
-                "RemoteFile": self._remote(),
                 "defaults": defaults,
                 "cufile_driver": driver,
             },
@@ -68,9 +67,6 @@ class FakeKvikio:
         if self.compat:
             raise RuntimeError("KvikIO not compiled with cuFile.h")
         return self.driver
-
-    def _remote(self) -> type:
-        return type("RemoteFile", (), {})
 
 
 class _CuFile:
