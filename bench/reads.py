@@ -95,7 +95,7 @@ def main(
     store: Annotated[Path, typer.Argument(help="From tierrun.bench.synthetic.")],
     depth: Annotated[int, typer.Option(help="Parts in flight.")] = DEFAULT_DEPTH,
     part: Annotated[int, typer.Option(help="Bytes of a part.")] = PART_BYTES,
-    reader: Annotated[str, typer.Option(help="direct, mmap or buffered.")] = "direct",
+    reader: Annotated[str, typer.Option(help="direct, mmap, buffered or gds.")] = "direct",
     rounds: Annotated[int, typer.Option(min=1, help="Of fio, ours, fio.")] = 5,
     seconds: Annotated[float, typer.Option(help="Of each run.")] = 2.0,
     batches: Annotated[str, typer.Option(help="Sizes of the batches.")] = "1,2,4,8",

@@ -8,12 +8,14 @@ import torch
 from transformers import PreTrainedModel
 
 from tierrun.engine.context import Context, CpuContext
+from tierrun.engine.devices import choose_device
 from tierrun.engine.experts import ExpertsHook
 from tierrun.engine.kernels.cpu import CpuKernels
 from tierrun.engine.lookahead import Lookahead
 from tierrun.engine.model import load_model
 from tierrun.engine.options import Options
 from tierrun.engine.resident import ResidentWeights
+from tierrun.engine.storage import measured_paths
 from tierrun.io.errors import UsageError
 from tierrun.io.reader import choose_reader, open_reader
 from tierrun.io.reads import ReadQueue
@@ -125,12 +127,15 @@ class HostBackend:
 
 
 def chosen_reader(store: Store, options: Options) -> str:
-    """The name of the reader to use; says which and why.
+    """The name of the reader to use; says which and why. Measures the drives of `store` where it is
+    first run on a GPU with kvikio.
 
     Raises:
         UsageError: as `choose_reader`.
     """
-    choice = choose_reader(options.io, store.shard_paths, options.strict)
+    device = choose_device(options.device).device
+    measured = measured_paths(store, options, device) if device.type == "cuda" else None
+    choice = choose_reader(options.io, store.shard_paths, options.strict, measured)
     level = logging.WARNING if choice.fallback else logging.INFO
     log.log(level, "reads: %s (%s)", choice.name, choice.reason)
     return choice.name

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from tierrun.io.errors import UsageError
 from tierrun.io.extent import PAGE
 
-READERS = ("direct", "mmap", "buffered")
+READERS = ("direct", "mmap", "buffered", "gds")
 _MEMORY_FILESYSTEMS = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}
 
 
@@ -34,6 +34,15 @@ class Reader(Protocol):
         """Close every file; no `read` may be under way."""
 
 
+class Measured(NamedTuple):
+    """The faster way to each destination, and the numbers that say so: `direct` or `gds` into host
+    memory, `staged` (direct, pinned memory, copy) or `gds` into a GPU's."""
+
+    to_host: str
+    to_device: str
+    reason: str
+
+
 class ReaderChoice(NamedTuple):
     """The reader to use and why; `fallback` when it is not what was asked for."""
 
@@ -42,23 +51,50 @@ class ReaderChoice(NamedTuple):
     fallback: bool
 
 
-def choose_reader(requested: str, paths: Sequence[Path], strict: bool = False) -> ReaderChoice:
-    """Decide between `READERS` for the shards at `paths`; `requested` may be `auto`.
+def choose_reader(
+    requested: str, paths: Sequence[Path], strict: bool = False, measured: Measured | None = None
+) -> ReaderChoice:
+    """Decide between `READERS` for the shards at `paths`; `requested` may be `auto`, which is gds
+    only where it was `measured` to be faster.
 
     Raises:
-        UsageError: an unknown name, or `strict` and direct I/O was asked for where there is none.
+        UsageError: an unknown name, or `strict` and direct I/O or GPUDirect Storage was asked for
+            where there is none.
     """
     if requested not in ("auto", *READERS):
         raise UsageError(f"--io {requested}: choose auto, {', '.join(READERS)}")
     if requested in ("mmap", "buffered"):
         return ReaderChoice(requested, "as asked", fallback=False)
+    if requested == "gds":
+        return _choose_gds(paths, strict)
     obstacle = _first_obstacle(paths)
-    if obstacle is None:
-        reason = "as asked" if requested == "direct" else "O_DIRECT works on every directory"
-        return ReaderChoice("direct", reason, fallback=False)
-    if strict and requested == "direct":
+    if strict and requested == "direct" and obstacle is not None:
         raise UsageError(f"--io direct: {obstacle} (drop --strict to fall back to buffered reads)")
-    return ReaderChoice("buffered", obstacle, fallback=True)
+    if obstacle is not None:
+        return ReaderChoice("buffered", obstacle, fallback=True)
+    if requested == "auto" and measured is not None:
+        return ReaderChoice(measured.to_host, measured.reason, fallback=False)
+    reason = "as asked" if requested == "direct" else "O_DIRECT works on every directory"
+    return ReaderChoice("direct", reason, fallback=False)
+
+
+def _choose_gds(paths: Sequence[Path], strict: bool) -> ReaderChoice:
+    """kvikio, natively or not; what else works where it cannot be used."""
+    from tierrun.io.gds import mode, obstacle_to_gds
+
+    obstacle = _first_obstacle(paths) or obstacle_to_gds(paths[0])
+    if obstacle is None:
+        found = mode()
+        if found.native:
+            return ReaderChoice("gds", f"as asked; {found.reason}", fallback=False)
+        obstacle = found.reason
+        instead = ReaderChoice("gds", f"through kvikio without GPUDirect Storage: {obstacle}", True)
+    else:
+        other = choose_reader("auto", paths)
+        instead = ReaderChoice(other.name, f"no GPUDirect Storage: {obstacle}", fallback=True)
+    if strict:
+        raise UsageError(f"--io gds: {obstacle} (drop --strict to do without)")
+    return instead
 
 
 def open_reader(name: str, paths: Sequence[Path], depth: int) -> Reader:
@@ -68,6 +104,11 @@ def open_reader(name: str, paths: Sequence[Path], depth: int) -> Reader:
         from tierrun.io.direct import DirectReader
 
         return DirectReader(paths, depth)
+    if name == "gds":
+        from tierrun.io.gds import GdsReader
+        from tierrun.io.spare import SparedReader
+
+        return SparedReader(GdsReader(paths, depth), open_reader("direct", paths, depth))
     if name == "mmap":
         from tierrun.io.mapped import MappedReader
 

@@ -102,7 +102,7 @@ def run(
         str, typer.Option("--ram", envvar="TIERRUN_RAM", help="Warm tier: auto, 0, 8GiB, 50%.")
     ] = _DEFAULT.ram,
     io: Annotated[
-        str, typer.Option("--io", envvar="TIERRUN_IO", help="auto, direct, mmap, buffered.")
+        str, typer.Option("--io", envvar="TIERRUN_IO", help="auto, direct, mmap, buffered, gds.")
     ] = _DEFAULT.io,
     policy: Annotated[str, typer.Option("--policy", help="Replacement: lfru, lru, layers.")] = (
         _DEFAULT.policy

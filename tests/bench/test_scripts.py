@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from tierrun.bench import (
     decode,
     fio,
+    gds,
     gpu_decode,
     gpu_parity,
     gpu_soak,
@@ -31,6 +32,7 @@ from tierrun.io.store import Store
 
 MAINS: dict[str, Callable[..., None]] = {
     "decode": decode.main,
+    "gds": gds.main,
     "gpu_decode": gpu_decode.main,
     "gpu_parity": gpu_parity.main,
     "gpu_soak": gpu_soak.main,
@@ -107,6 +109,22 @@ def test_reads_end_to_end(
     assert last == json.loads(file.read_text())
     assert set(last["arms"]) == {"saturating", "batches of 2"}
     assert {"ours", "fio", "ratio", "mean_depth", "fio_depth"} <= last["arms"]["saturating"].keys()
+
+
+def test_ways_from_the_drive(
+    synthetic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without kvikio and without a GPU it is a table of direct reads, and says why."""
+    file = tmp_path / "gds.json"
+    gds.main(synthetic / "store", "cpu", "1,2", 0.02, file)
+    printed = capsys.readouterr().out
+    assert "direct → RAM" in printed and "no reads into VRAM" in printed
+    result = json.loads(file.read_text())
+    assert json.loads(printed.splitlines()[-1]) == result
+    cells = [cell for cell in result["cells"] if cell["reader"] == "direct"]
+    assert [cell["depth"] for cell in cells] == [1, 2]
+    assert all(cell["bandwidth"] > 0 and cell["target"] == "host" for cell in cells)
+    assert result["chosen"]["to_device"] == "staged"
 
 
 @pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))

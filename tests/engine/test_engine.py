@@ -71,7 +71,7 @@ def test_two_engines_of_one_store_do_not_disturb_each_other(model: Model) -> Non
     ("options", "complaint"),
     [
         ({"policy": "belady"}, "--policy belady"),
-        ({"io": "gds"}, "--io gds"),
+        ({"io": "io_uring"}, "--io io_uring"),
         ({"ram": "lots"}, "'lots'"),
         ({"context": 10**9}, "-c/--ctx-size"),
         ({"ubatch": 0}, "--ubatch-size 0"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kvikios import FakeKvikio
 
 from tierrun.io.errors import UsageError
 from tierrun.io.extent import PAGE, Extent
@@ -30,13 +31,18 @@ def shards(tmp_path: Path) -> list[Path]:
     return paths
 
 
-@pytest.fixture(params=READERS)
-def name(request: pytest.FixtureRequest, shards: list[Path]) -> str:
-    """Each reader that works on this machine's disk."""
-    name: str = request.param
-    if choose_reader(name, shards).fallback:
-        pytest.skip(f"no {name} reads here")
-    return name
+@pytest.fixture(params=[*READERS, "gds through a fake"])
+def name(
+    request: pytest.FixtureRequest, shards: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Each reader that works on this machine, and kvikio's where only a fake of it does."""
+    name, _, through = request.param.partition(" ")
+    if through:
+        FakeKvikio().install(monkeypatch)
+    choice = choose_reader(name, shards)
+    if choice.name != name:
+        pytest.skip(f"no {name} reads here: {choice.reason}")
+    return str(name)
 
 
 def page_aligned(nbytes: int) -> memoryview:
@@ -160,8 +166,8 @@ def test_readers_that_always_work_are_used_as_asked(asked: str, shards: list[Pat
 
 
 def test_an_unknown_reader_is_refused_with_the_choices(shards: list[Path]) -> None:
-    with pytest.raises(UsageError, match="auto, direct, mmap, buffered"):
-        choose_reader("gds", shards)
+    with pytest.raises(UsageError, match="auto, direct, mmap, buffered, gds"):
+        choose_reader("io_uring", shards)
 
 
 @pytest.mark.parametrize("asked", ["auto", "direct"])

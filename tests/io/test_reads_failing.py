@@ -104,7 +104,7 @@ def test_a_flipped_bit_in_any_record_on_disk_is_caught(name: str, tmp_path: Path
     """And in no other: every record is read, every other one is flipped."""
     tiny = tiny_store([Experts(10, 2, pages=2)], [tmp_path / "a", tmp_path / "b"])
     store = tiny.write()
-    if choose_reader(name, store.shard_paths).fallback:
+    if choose_reader(name, store.shard_paths).name != name:
         pytest.skip(f"no {name} reads here")
     for expert in range(0, 10, 2):
         record, extent = store.locate(ExpertKey(0, expert))
