@@ -10,6 +10,7 @@ and the bus were, and how much of the copying lay behind kernels.
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, NamedTuple
@@ -28,6 +29,7 @@ from tierrun.io.timeline import Timeline
 
 DEVICE_CATEGORIES = {"kernel": "kernels", "gpu_memcpy": "copies", "gpu_memset": "kernels"}
 _UPLOAD = "HtoD"
+_TAKES = 3
 
 
 class Event(NamedTuple):
@@ -52,7 +54,7 @@ def recorded(work: Callable[[], object], device: str) -> Recorded:
     """Run `work` under the profiler."""
     clock = time.time_ns() / 1e3 - time.perf_counter() * 1e6
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler, Timeline() as timeline:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler, Timeline() as timeline:
         started = time.perf_counter()
         work()
         synchronise(device)
@@ -180,17 +182,21 @@ def _number(
 
 
 def measure(engine: Engine, device: str, prompt: int) -> dict[str, Recorded]:
-    """A chunk, then a token; each has been run before, so that nothing is compiled."""
+    """A chunk, then a token; each is recorded again and again, and only the last time counts:
+    the profiler takes a second when it first sees a device, and loses what happens meanwhile."""
     vocabulary = engine.model.config.get_text_config().vocab_size
-    stream = token_stream(2 * prompt + 40, vocabulary)
-    session = engine.session()
-    session.prefill(stream[:prompt])
-    session.reset()
-    chunk = recorded(lambda: session.prefill(stream[prompt : 2 * prompt]), device)
-    for token in stream[2 * prompt : 2 * prompt + 32]:
+    stream = token_stream((_TAKES + 1) * prompt + 32 + _TAKES, vocabulary)
+    session, chunk, one_token = engine.session(), list[Recorded](), list[Recorded]()
+    for first in range(0, (_TAKES + 1) * prompt, prompt):
+        session.reset()
+        tokens = stream[first : first + prompt]
+        chunk.append(recorded(partial(session.prefill, tokens), device))
+    rest = stream[(_TAKES + 1) * prompt :]
+    for token in rest[:32]:
         session.prefill([token])
-    one_token = recorded(lambda: session.prefill([stream[2 * prompt + 32]]), device)
-    return {"prefill": chunk, "decode": one_token}
+    for token in rest[32:]:
+        one_token.append(recorded(partial(session.prefill, [token]), device))
+    return {"prefill": chunk[-1], "decode": one_token[-1]}
 
 
 def table(found: dict[str, Figures], upload: float) -> Table:

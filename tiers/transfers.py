@@ -85,7 +85,7 @@ class Transfers:
 
     def reap(self, most: int = 0) -> None:
         """Wait until at most `most` warm slots are held."""
-        while self._held > most:
+        while self._held > most or (self._promotions and not self._promotions[0].sources):
             promotion = self._promotions.popleft()
             self.observe(promotion.nbytes, self._end(promotion))
             self._held -= len(promotion.sources)
@@ -101,6 +101,11 @@ class Transfers:
     def defer(self, source: int, to: int) -> None:
         """Copy a warm slot up into a FILLING slot in VRAM, beside everything; both stay held."""
         self._deferred.append((self._copy_up([(source, to)], self._copies.aside), to))
+
+    @property
+    def num_copies(self) -> int:
+        """Batches that have not been waited for."""
+        return len(self._promotions) + len(self._demotions) + len(self._deferred)
 
     @property
     def deferred(self) -> list[int]:

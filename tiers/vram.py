@@ -113,6 +113,11 @@ class VramTier:
         """int64 on the device, over all experts: offset from `base`, or −1. Never reallocated."""
         return self._table.tensor
 
+    @property
+    def num_copies(self) -> int:
+        """Batches of copies in the books, over or under way."""
+        return self._transfers.num_copies
+
     def table_of(self, layer: int) -> torch.Tensor:
         """The part of `table` for the experts of one layer."""
         first = self._placement.first

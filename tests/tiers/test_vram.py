@@ -259,6 +259,16 @@ def test_the_first_to_be_copied_are_worth_most() -> None:
         assert [key.expert for key in it.computed] == [2, 5]
 
 
+@kinds
+def test_the_books_of_copies_do_not_grow(kind: str) -> None:
+    """Also where what is copied up gives its slot to what goes down in the same call."""
+    with make_vram(kind, layers=[Experts(16, 2)], vram=(8,), warm=(8,)) as it:
+        for _ in range(20):
+            learn(it, 0, *range(14))
+        assert it.rig.counters.demoted_bytes > 20 * PAGE
+        assert it.vram.num_copies <= 8
+
+
 # -- together with the warm tier -----------------------------------------------------------------
 
 
