@@ -27,7 +27,7 @@ from tierrun.engine.gpu.routers import fuse_routers
 from tierrun.engine.gpu.ops import DECODE_TOKENS
 from tierrun.engine.gpu.weights import to_device
 from tierrun.engine.kernels.cpu import CpuKernels
-from tierrun.engine.kernels.host import unsupported
+from tierrun.engine.kernels.host import supported
 from tierrun.engine.model import load_model
 from tierrun.engine.options import Options
 from tierrun.engine.resident import ResidentWeights
@@ -116,7 +116,7 @@ class GpuBackend:
         if mode == "copy" or tiers.hot.num_slots >= self._store.manifest.num_experts:
             return None
         layouts = self.hook.layouts
-        obstacle = next(filter(None, map(unsupported, dict.fromkeys(layouts))), None)
+        obstacle = next(filter(None, map(supported, dict.fromkeys(layouts))), None)
         if obstacle is not None:
             log.warning("the CPU computes none of what VRAM lacks: %s", obstacle)
             return None
