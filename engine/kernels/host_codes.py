@@ -16,6 +16,7 @@ from tierrun.engine.kernels.geometry import (
     HIGH,
     HIGH_OFFSET,
     HIGH_UNITS,
+    INTEGER,
     IQ4,
     KIND,
     LOW,
@@ -53,6 +54,17 @@ class Tile:
     def unit(self) -> float:
         """What numbers are to be multiplied by, besides their scale."""
         return _E4M3_UNIT if self.M[KIND] == E4M3 else 1.0
+
+    @property
+    def book(self) -> tuple[float, ...] | None:
+        """16 numbers, of which the low four bits of a shifted word say one; or None."""
+        if self.M[KIND] in _BOOKS:
+            return BOOKS[_BOOKS[self.M[KIND]]]()
+        codes = 1 << (self.M[LOW] + self.M[HIGH])
+        if self.M[KIND] != INTEGER or codes > 16 or not self.lanes.permutes:
+            return None
+        # two instructions for a number instead of three, and no copies of constants
+        return tuple(float(index % codes - self.M[ZERO]) for index in range(16))
 
     @property
     def has_group_scale(self) -> bool:
@@ -153,18 +165,20 @@ class Span:
 
     def number(self, k: int):
         """What the code of input `k` (0 … 31) stands for, in `Tile.unit`s, fp32."""
-        word, within = divmod(k, SPAN // self.M[LOW])
+        word, within = divmod(k, 32 // self.M[LOW])
         byte, field = within % 4, within // 4
         if self.M[KIND] == E4M3:
             return self._e4m3(word, byte)
-        if self.M[KIND] in _BOOKS:
-            place = 8 * byte + self.M[LOW] * field
-            codes = self.lanes.moved(self._low(word), -place)
-            return self.lanes.looked_up(codes, BOOKS[_BOOKS[self.M[KIND]]]())
         if self.M[HIGH]:
-            whole = self._once(("both", 4 * word + field), lambda: self._both(word, field))
-            return self._counted(("both", 4 * word + field), whole, 8 * byte)
-        return self._counted(("low", word), self._low(word), 8 * byte + self.M[LOW] * field)
+            key, place = ("both", 4 * word + field), 8 * byte
+            codes = self._once(key, lambda: self._both(word, field))
+        else:
+            key, place = ("low", word), 8 * byte + self.M[LOW] * field
+            codes = self._low(word)
+        book = self.tile.book
+        if book is None:
+            return self._counted(key, codes, place)
+        return self.lanes.looked_up(self.lanes.moved(codes, -place), book)
 
     def _low(self, word: int):
         return self._once(("low", word), lambda: self._word(LOW, LOW_OFFSET, LOW_UNITS, word))

@@ -83,9 +83,14 @@ class Lanes:
         """The fp32 numbers with these bits (int32)."""
         return self.builder.bitcast(bits, self.kind(F32))
 
+    @property
+    def permutes(self) -> bool:
+        """Whether a look-up is one instruction."""
+        return "+avx512f" in self.features
+
     def looked_up(self, indices, book: Sequence[float]):
         """Of 16 numbers those that the low four bits of `indices` (int32) say."""
-        if "+avx512f" in self.features:
+        if self.permutes:
             return self._permuted(indices, book, 16, "llvm.x86.avx512.permvar.sf.512")
         if "+avx2" in self.features:
             low, high = (
