@@ -1,0 +1,118 @@
+"""Experts on the CPU while others are on the GPU: compiled products of records where they lie.
+
+Weights are unpacked in registers; nothing is expanded, copied or allocated. Activations and sums
+are fp32. Compiled by numba for the machine at hand, for one layout at a time, and kept on disk.
+"""
+
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tierrun.engine.gpu.layout import ExpertLayout
+from tierrun.engine.kernels.geometry import COLUMNS, ROWS
+from tierrun.io.extent import align_up
+
+log = logging.getLogger(__name__)
+
+_MACHINES = ("x86_64", "aarch64")
+_ALIGNMENT = 64
+"""Of records, in bytes."""
+
+
+def supported(layout: ExpertLayout) -> str | None:
+    """None if `HostExperts` can compute records of `layout`; or why not, in one line."""
+    if len(layout.first) != 1:
+        return "gate and up are in different codecs"
+    if layout.gate.kind == "none":
+        return "the module applies an activation of its own"
+    if sys.platform != "linux" or platform.machine() not in _MACHINES:
+        return f"there are no compiled kernels for {sys.platform} on {platform.machine()}"
+    return None
+
+
+class HostExperts:
+    """The MLP of one experts layer's records on the CPU; compiled for `layout`'s geometries.
+
+    One call at a time. Its threads are shared by all layers that ask for as many.
+    """
+
+    def __init__(self, layout: ExpertLayout, threads: int) -> None:
+        """`threads`, the caller's among them; no more than the process has cores.
+
+        Raises:
+            ValueError: a layout that is not `supported`.
+        """
+        if (reason := supported(layout)) is not None:
+            raise ValueError(reason)
+        started = time.perf_counter()
+        # numba takes a second to import: only whoever wants kernels waits for it
+        from tierrun.engine.kernels import host_tasks, workers
+
+        (first,), down = layout.first, layout.down
+        self._hidden, self._inner = first.matrix[COLUMNS], down.matrix[COLUMNS]
+        self._outer = down.matrix[ROWS]
+        assert first.matrix[ROWS] == 2 * self._inner
+        self._tasks = host_tasks.tasks(first, down, layout.gate)
+        self._host = host_tasks
+        self._workers = workers.workers(max(1, min(threads, _cores())))
+        self._table = self._inners = np.empty(0, np.int64)
+        self._job = np.zeros(host_tasks.JOB_WORDS, np.int64)
+        self._perform = host_tasks.perform().address
+        _say(time.perf_counter() - started, self._tasks.fresh)
+
+    def compute(
+        self,
+        records: Sequence[torch.Tensor],
+        hidden: NDArray[np.float32],
+        tokens: NDArray[np.int64],
+        which: NDArray[np.int64],
+        out: NDArray[np.float32],
+    ) -> None:
+        """Assignment a: `records[which[a]]` applied to `hidden[tokens[a]]` into `out[a]`, unweighted.
+
+        `records` are uint8 host tensors, each one expert's record (as in its slot, 64-byte
+        aligned); `hidden` is [T, H], `out` [A, H]. A row of `out` depends on its record and its row
+        of `hidden` only: whatever else is computed, and by how many threads, the bits are the same.
+        """
+        assert hidden.shape[1] == self._hidden and out.shape == (len(which), self._outer)
+        assert hidden.flags.c_contiguous and out.flags.c_contiguous
+        assert hidden.dtype == out.dtype == np.float32 and len(tokens) == len(which)
+        addresses = np.array([record.data_ptr() for record in records], np.int64)
+        assert not (addresses % _ALIGNMENT).any()
+        stride = self._reserve(len(records), len(which))
+        used = self._host.arrange(addresses, tokens, which, self._table)
+        found = self._tasks
+        self._job[:] = (
+            *(found.first, found.down, used, found.first_tiles, found.down_tiles),
+            *(hidden.ctypes.data, out.ctypes.data, self._inners.ctypes.data),
+            *(stride, self._table.ctypes.data),
+        )
+        tasks = used * (found.first_tiles + found.down_tiles)
+        self._workers.run(self._perform, self._job.ctypes.data, tasks)
+
+    def _reserve(self, records: int, assignments: int) -> int:
+        """Make room for so many; the bytes from one row between the products to the next."""
+        words = records * (self._host.TABLE_ROW // 8) + 2 * assignments
+        if len(self._table) < words:
+            self._table = np.empty(2 * words, np.int64)
+        stride = align_up(4 * self._inner, _ALIGNMENT)
+        if self._inners.nbytes < assignments * stride:
+            self._inners = np.empty(2 * assignments * stride // 8, np.int64)
+        return stride
+
+
+def _cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def _say(seconds: float, fresh: bool) -> None:
+    if fresh:
+        log.info("compiled the CPU's kernels of a layout in %.1f s (they are kept)", seconds)

@@ -1,0 +1,167 @@
+# mypy: disable-error-code="untyped-decorator"
+"""Threads that wait for work in compiled code: a call begins and ends within microseconds.
+
+A job is a number of tasks, numbered, that threads take one after another; the caller takes them,
+too. No thread must come: what the others have not begun when the caller is through it has done
+itself. So a sleeping, busy or missing worker costs speed, never an answer.
+
+Guarantees: when `run` returns every task has ended, its writes are seen, and no worker looks at
+the job any more.
+Assumes: one caller at a time (a lock holds it); atomics in one order for all (`seq_cst`). A worker
+counts itself as ACTIVE, and only then looks whether the job is OPEN; the caller closes the job and
+only then waits for ACTIVE to be 0. So either the worker sees it closed, or the caller sees the
+worker.
+"""
+
+import threading
+import weakref
+from functools import lru_cache
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from tierrun.engine.kernels.native import (
+    add_atomic,
+    call,
+    give_way,
+    load_atomic,
+    pause,
+    put_word,
+    sleep_while,
+    store_atomic,
+    wake,
+    word,
+)
+
+OPEN, NEXT, ACTIVE, SLEEPERS, JOB = 0, 128, 256, 384, 512
+"""Bytes into the state, a pair of cache lines each. OPEN is the number of the job that has tasks,
+0 between jobs, or STOP. At JOB: function, argument, tasks, number of the last job."""
+STATE_BYTES = 640
+STOP = -1
+
+SPINS = 1 << 13
+"""Looks at OPEN before a worker sleeps, some 100 µs: about what lies between two layers."""
+PATIENCE = 1 << 10
+"""Looks before a waiting thread offers its core to others."""
+
+
+class Workers:
+    """`threads` threads, of which the caller's is one; the others end with this object."""
+
+    def __init__(self, threads: int) -> None:
+        self._memory = np.zeros(STATE_BYTES // 8 + 16, np.int64)
+        state = -(-self._memory.ctypes.data // 128) * 128
+        self._state = state
+        self._lock = threading.Lock()
+        for number in range(1, threads):
+            threading.Thread(
+                target=_worker,
+                args=(state, self._memory),
+                name=f"tierrun-cpu-{number}",
+                daemon=True,  # at exit `finalize` stops them
+            ).start()
+        weakref.finalize(self, _stop, state, self._memory)
+
+    def run(self, function: int, argument: int, tasks: int) -> None:
+        """Call `function(argument, task)` (the address of a C function of two int64) for each task.
+
+        Tasks are begun in their order; the GIL is released.
+        """
+        with self._lock:
+            run(self._state, function, argument, tasks)
+
+
+@lru_cache
+def workers(threads: int) -> Workers:
+    """The threads that all layers of a process share."""
+    return Workers(threads)
+
+
+def _worker(state: int, memory: NDArray[np.int64]) -> None:
+    """A thread's life; it keeps the state's `memory`."""
+    serve(state, SPINS)
+
+
+def _stop(state: int, memory: NDArray[np.int64]) -> None:
+    stop(state)
+
+
+@njit("void(int64)", nogil=True, cache=True)
+def rest(looks: int) -> None:
+    """Between two looks at something that a running thread will change."""
+    if looks % PATIENCE:
+        pause()
+    else:
+        give_way()
+
+
+@njit("int64(int64, int64, int64)", nogil=True, cache=True)
+def _await(state: int, seen: int, spins: int) -> int:
+    """The number of a job other than `seen`, or STOP."""
+    looks = 0
+    while True:
+        found = load_atomic(state + OPEN)
+        if found != 0 and found != seen:
+            return found
+        looks += 1
+        if looks < spins:
+            pause()
+        else:
+            add_atomic(state + SLEEPERS, 1)
+            sleep_while(state + OPEN, found)
+            add_atomic(state + SLEEPERS, -1)
+            looks = 0
+
+
+@njit("void(int64)", nogil=True, cache=True)
+def _take(state: int) -> None:
+    function, argument = word(state + JOB), word(state + JOB + 8)
+    tasks = word(state + JOB + 16)
+    while True:
+        task = add_atomic(state + NEXT, 1)
+        if task >= tasks:
+            return
+        call(function, argument, task)
+
+
+@njit("void(int64, int64)", nogil=True, cache=True)
+def serve(state: int, spins: int) -> None:
+    """Take tasks of one job after another until `stop`."""
+    seen = 0
+    while True:
+        found = _await(state, seen, spins)
+        if found == STOP:
+            return
+        seen = found
+        add_atomic(state + ACTIVE, 1)
+        if load_atomic(state + OPEN) == found:
+            _take(state)
+        add_atomic(state + ACTIVE, -1)
+
+
+@njit("void(int64, int64, int64, int64)", nogil=True, cache=True)
+def run(state: int, function: int, argument: int, tasks: int) -> None:
+    """See `Workers.run`."""
+    number = word(state + JOB + 24) % 0x7FFFFFFE + 1
+    put_word(state + JOB, function)
+    put_word(state + JOB + 8, argument)
+    put_word(state + JOB + 16, tasks)
+    put_word(state + JOB + 24, number)
+    store_atomic(state + NEXT, 0)
+    store_atomic(state + OPEN, number)
+    if load_atomic(state + SLEEPERS) > 0:
+        wake(state + OPEN)
+    _take(state)
+    store_atomic(state + OPEN, 0)
+    looks = 0
+    while load_atomic(state + ACTIVE) != 0:
+        looks += 1
+        rest(looks)
+
+
+@njit("void(int64)", nogil=True, cache=True)
+def stop(state: int) -> None:
+    """End all workers, once they are through with what they do."""
+    store_atomic(state + OPEN, STOP)
+    wake(state + OPEN)
