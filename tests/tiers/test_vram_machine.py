@@ -1,4 +1,4 @@
-"""Whatever is fetched, streamed, slow, failing, given up or shrunk: the invariants hold in VRAM."""
+"""Whatever is fetched, streamed, slow, failing, given up or resized: VRAM keeps its invariants."""
 
 import random
 from collections import Counter
@@ -181,7 +181,19 @@ class VramMachine(RuleBasedStateMachine):
 
     @rule(nbytes=st.sampled_from([1, 6 * PAGE]))
     def shrink(self, nbytes: int) -> None:
-        self.it.vram.shrink(nbytes)
+        can_give, before = self.it.vram.chunks.can_drop, self.it.vram.nbytes
+        given = self.it.vram.shrink(nbytes)
+        assert self.it.vram.nbytes == before - given
+        assert (given == 0) == (can_give == 0)
+
+    @rule(nbytes=st.sampled_from([PAGE, 6 * PAGE, 1 << 40]))
+    def grow(self, nbytes: int) -> None:
+        """What is here stays, byte for byte, wherever the memory comes from."""
+        self.it.vram.abandon()
+        here, before = self.it.vram.slots.slot_of.copy(), self.it.vram.nbytes
+        taken = self.it.vram.grow(nbytes)
+        assert taken <= nbytes and self.it.vram.nbytes == before + taken <= self.budget
+        assert (self.it.vram.slots.slot_of == here).all()
 
     @rule(order=st.lists(st.tuples(layers, st.integers(0, 4)), max_size=8))
     def warm_up(self, order: list[tuple[int, int]]) -> None:
