@@ -1,10 +1,13 @@
-"""The key-value cache on the device: allocated once, addressed by positions that lie there too.
+"""The key-value cache on the device: fixed addresses, and positions that lie there too.
 
 transformers' StaticCache does as much for layers of full attention; its sliding layers branch on a
 Python integer, which a CUDA graph would freeze. Here a window is a buffer somewhat longer than the
 window, whose first slot stands for the position `base`, a tensor; when it is full its last window
 is moved to the front, between two tokens. Layers of other kinds (recurrent states, convolutions,
 indexers) are transformers' own.
+
+Layers of full attention have *room* for a power of two of positions (or for all), which changes
+between two forward passes only, and then every address does: see `tierrun.engine.gpu.room`.
 
 Two modes, chosen by the caller before each forward pass: *fixed* (decode: device-side positions,
 and shapes that stay the same until the context outgrows the next power of two, as a graph wants)
@@ -34,6 +37,10 @@ _WINDOWS = ("sliding_attention", "chunked_attention")
 _CPU = torch.device("cpu")
 _LEAST_BUCKET = 512
 
+LEAST_ROOM = 2048
+"""Positions that layers of full attention have room for at the beginning. Not less than the least
+bucket: so what a pass sees, and with it every bit, does not depend on the room."""
+
 _TAKEN_OVER = {
     kind: STATIC_LAYER_TYPE_MAPPING[kind]
     for kind in ("indexed_attention", "conv", "linear_attention", "dummy")
@@ -42,13 +49,13 @@ _TAKEN_OVER = {
 
 
 class FullLayer(StaticLayer):  # type: ignore[no-untyped-call]
-    """Keys and values of all `capacity` positions, [1, heads, capacity, dim] in `dtype`."""
+    """Keys and values of `room` positions, [1, heads, room, dim] in `dtype`."""
 
-    def __init__(self, capacity: int, dtype: torch.dtype, position: torch.Tensor) -> None:
-        super().__init__(max_cache_len=capacity)
+    def __init__(self, room: int, dtype: torch.dtype, position: torch.Tensor) -> None:
+        super().__init__(max_cache_len=room)
         self.cumulative_length = position  # of the whole cache, which moves it between passes
         self.kept_dtype, self.fixed, self.length = dtype, False, 0
-        self.visible = capacity
+        self.visible = room
         self.base_length = 0
         self.base = torch.zeros_like(position)
 
@@ -86,6 +93,24 @@ class FullLayer(StaticLayer):  # type: ignore[no-untyped-call]
     def make_room(self, count: int) -> None:
         """Before a forward pass of `count` tokens; called between tokens only."""
 
+    def resize(self, room: int) -> None:
+        """Move to buffers for `room` positions, with all that is held; between passes only.
+
+        Raises:
+            torch.OutOfMemoryError: nothing that is held is lost; it can be tried again.
+        """
+        assert self.length <= room, "more is held than there would be room for"
+        if self.keys is not None and self.values is not None:
+            self.keys = _resized(self.keys, self.length, room)
+            self.values = _resized(self.values, self.length, room)
+        self.max_cache_len = room
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes that room for one position more takes; 0 before the first forward pass."""
+        buffers = [buffer for buffer in (self.keys, self.values) if buffer is not None]
+        return sum(buffer.nbytes // buffer.shape[2] for buffer in buffers)
+
     def reset(self) -> None:
         self.length = self.base_length = 0
         self.base.zero_()
@@ -112,9 +137,19 @@ class WindowLayer(FullLayer):  # type: ignore[no-untyped-call]
         self.base_length = self.length - kept
         self.base.fill_(self.base_length)
 
+    def resize(self, room: int) -> None:
+        """A window is as long in any context."""
+
+    @property
+    def position_bytes(self) -> int:
+        return 0
+
 
 class FixedCache(Cache):
     """The cache of one context of at most `capacity` tokens, `chunk` at once.
+
+    It begins with room for `least_room` of them and two chunks. Indexed layers, which transformers
+    allocates, have room for all, and then the others too.
 
     Raises:
         ModelError: an architecture with layers of which transformers has no fixed-size cache.
@@ -129,14 +164,20 @@ class FixedCache(Cache):
         chunk: int,
         dtype: torch.dtype,
         device: torch.device,
+        least_room: int = LEAST_ROOM,
     ) -> None:
         self._position = torch.zeros((), dtype=torch.int64, device=device)
         make = partial(_layer, capacity=capacity, chunk=chunk, dtype=dtype, position=self._position)
         kinds, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         pairs = zip(kinds, arguments, strict=True)
         super().__init__([make(kind, given) for kind, given in pairs])
-        self.length, self.bucket, self._capacity = 0, capacity, capacity
+        self.length, self.bucket, self.capacity = 0, capacity, capacity
         self.has_buckets = not any(isinstance(layer, StaticIndexedLayer) for layer in self.layers)
+        self._ours = [layer for layer in self.layers if isinstance(layer, FullLayer)]
+        grows = self.has_buckets and any(type(layer) is FullLayer for layer in self._ours)
+        self._least_room = max(least_room, 2 * chunk) if grows else capacity
+        self.room = capacity
+        self.resize(self.room_for(0))
 
     @property
     def held(self) -> "FixedCache":
@@ -149,26 +190,48 @@ class FixedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values; 0 before the first forward pass."""
-        filled = [layer for layer in self.layers if isinstance(layer, FullLayer)]
-        tensors = [t for layer in filled for t in (layer.keys, layer.values) if t is not None]
+        tensors = [t for layer in self._ours for t in (layer.keys, layer.values) if t is not None]
         return sum(tensor.nbytes for tensor in tensors)
+
+    # -- room -----------------------------------------------------------------------------------
+
+    def room_for(self, length: int) -> int:
+        """The room with which a context of `length` tokens fits: a power of two, or all."""
+        return min(self.capacity, _power_of_two(max(self._least_room, length)))
+
+    def nbytes_more(self, room: int) -> int:
+        """Bytes more than now with this room; negative where it is less."""
+        return (room - self.room) * sum(layer.position_bytes for layer in self._ours)
+
+    @torch.no_grad()
+    def resize(self, room: int) -> None:
+        """Change the room, layer by layer; what is held stays. No recorded pass may be used again.
+
+        Raises:
+            torch.OutOfMemoryError: it can be tried again, and until then the room is as it was.
+        """
+        for layer in self._ours:
+            layer.resize(room)
+        self.room = room
+
+    # -- passes ---------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def begin(self, count: int, *, fixed: bool) -> None:
-        """A forward pass of `count` tokens follows."""
+        """A forward pass of `count` tokens follows; there is room for them."""
+        assert self.length + count <= self.room, "no room was made"
         self.bucket = self._bucket(self.length + count)
-        for layer in self.layers:
-            if isinstance(layer, FullLayer):
-                layer.make_room(count)
-                layer.fixed = fixed
-                if not isinstance(layer, WindowLayer):
-                    layer.visible = min(self.bucket, layer.max_cache_len)
+        for layer in self._ours:
+            layer.make_room(count)
+            layer.fixed = fixed
+            if not isinstance(layer, WindowLayer):
+                layer.visible = min(self.bucket, self.room)
 
     def _bucket(self, length: int) -> int:
         """How much of the buffers a fixed pass sees: shapes change each time it doubles."""
         if not self.has_buckets:
-            return self._capacity
-        return min(self._capacity, max(_LEAST_BUCKET, 1 << (length - 1).bit_length()))
+            return self.capacity
+        return min(self.capacity, _power_of_two(max(_LEAST_BUCKET, length)))
 
     def end(self, count: int) -> None:
         """It is over: `count` tokens more are held."""
@@ -177,9 +240,8 @@ class FixedCache(Cache):
     def _set_length(self, length: int) -> None:
         self.length = length
         self._position.fill_(length)
-        for layer in self.layers:
-            if isinstance(layer, FullLayer):
-                layer.length = length
+        for layer in self._ours:
+            layer.length = length
 
     @torch.inference_mode()
     def reset(self) -> None:
@@ -193,7 +255,7 @@ class GrowingCache:
     """A cache of the model's own making, for architectures that want it so; grows by copying."""
 
     fits_graphs = has_buckets = False
-    nbytes = bucket = 0
+    nbytes = bucket = room = 0
 
     def __init__(self) -> None:
         self.held: Cache | None = None
@@ -202,6 +264,17 @@ class GrowingCache:
     def keep(self, cache: Cache) -> None:
         """What the model returned."""
         self.held = cache
+
+    def room_for(self, length: int) -> int:
+        """No room of its own."""
+        return 0
+
+    def nbytes_more(self, room: int) -> int:
+        """See `FixedCache`."""
+        return 0
+
+    def resize(self, room: int) -> None:
+        """See `FixedCache`."""
 
     def begin(self, count: int, *, fixed: bool) -> None:
         """See `FixedCache`."""
@@ -221,13 +294,28 @@ def make_cache(
     chunk: int,
     dtype: torch.dtype,
     device: torch.device = _CPU,
+    least_room: int = LEAST_ROOM,
 ) -> FixedCache | GrowingCache:
     """A fixed cache, or the model's own where there is no fixed one for it; says so."""
     try:
-        return FixedCache(config, capacity, chunk, dtype, device)
+        return FixedCache(config, capacity, chunk, dtype, device, least_room)
     except ModelError as error:
         log.warning("the key-value cache grows by copying, and decode has no graphs: %s", error)
         return GrowingCache()
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+def _resized(buffer: torch.Tensor, held: int, room: int) -> torch.Tensor:
+    """`buffer` [1, heads, L, dim] with room for another L; its first `held` positions stay."""
+    if buffer.shape[2] == room:
+        return buffer
+    heads, size = buffer.shape[1], buffer.shape[3]
+    larger = buffer.new_zeros(1, heads, room, size)
+    larger[:, :, :held] = buffer[:, :, :held]
+    return larger
 
 
 def _layer(
