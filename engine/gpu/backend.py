@@ -33,6 +33,7 @@ from tierrun.engine.resident import ResidentWeights
 from tierrun.io.errors import BudgetError
 from tierrun.io.extent import format_bytes
 from tierrun.io.store import ExpertKey, RecordClass, Store
+from tierrun.tiers.arbiter import Arbiter
 from tierrun.tiers.budget import DeviceNeeds, resolve_device_vram, resolve_ram, resolve_vram
 from tierrun.tiers.copies import Copies, CudaCopies, HostCopies
 from tierrun.tiers.ledger import Ledger
@@ -123,6 +124,7 @@ class GpuBackend:
         self._room = ContextRoom(
             self._cache,
             self.vram,
+            Arbiter(ledger.counters),
             self._spare_bytes(workspace, measured.per_position),
             measured.per_position,
             self._runner.forget_recordings,

@@ -34,13 +34,13 @@ class ContextRoom:
         self,
         cache: FixedCache | GrowingCache,
         experts: VramTier,
+        arbiter: Arbiter,
         spare: Callable[[], int],
         workspace: float,
         forget: Callable[[], None],
     ) -> None:
-        self._cache, self._experts = cache, experts
+        self._cache, self._experts, self._arbiter = cache, experts, arbiter
         self._spare, self._workspace, self._forget = spare, workspace, forget
-        self._arbiter = Arbiter(experts.residency.placement.ledger.counters)
         self._least, self._lent = cache.room, 0
         self._was_relieved = False
 
