@@ -2,8 +2,8 @@
 
 Both are worth something in milliseconds per MiB and 1000 tokens. To the experts, memory saves the
 copies of what would not be there. To a context that needs it, it is worth everything: without it
-there is no next token. To one that does not, what it costs to take it again, as often as that has
-been necessary so far. Numbers in, decisions out.
+there is no next token. To one that does not, it saves taking it again: what growing has cost so
+far, over all tokens. Numbers in, decisions out.
 """
 
 from typing import NamedTuple
@@ -32,25 +32,24 @@ class Arbiter:
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
-        self._growths, self._grown_bytes, self._seconds = 0, 0, 0.0
+        self._seconds = 0.0
 
-    def grown(self, nbytes: int, seconds: float) -> None:
-        """The context has taken `nbytes` more, in so many seconds."""
-        self._growths += 1
-        self._grown_bytes += nbytes
+    def grown(self, seconds: float) -> None:
+        """The context has grown, which took so long."""
         self._seconds += seconds
 
     def worth_to_experts(self, nbytes: int, traffic: float) -> float:
         """Of `nbytes` that save copies of `traffic` bytes per token."""
         return _per_mib(traffic * self._copy_seconds(), nbytes)
 
-    def worth_to_context(self, tokens: int) -> float:
-        """Of memory that it does not need now, after `tokens` in all."""
-        return _per_mib(self._seconds * self._growths / max(1, tokens), self._grown_bytes)
+    def worth_to_context(self, nbytes: int, tokens: int) -> float:
+        """Of `nbytes` that it does not need now, after `tokens` in all."""
+        return _per_mib(self._seconds / max(_TOKENS, tokens), nbytes)
 
     def judge(self, nbytes: int, traffic: float, tokens: int) -> Verdict:
         """Who gets `nbytes` that the present context does not need; see the worths above."""
-        experts, context = self.worth_to_experts(nbytes, traffic), self.worth_to_context(tokens)
+        experts = self.worth_to_experts(nbytes, traffic)
+        context = self.worth_to_context(nbytes, tokens)
         reason = f"worth {experts:.3g} {_UNIT} to them, {context:.3g} to the next context"
         return Verdict(experts > context, reason)
 

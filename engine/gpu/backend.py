@@ -87,7 +87,10 @@ class GpuBackend:
             resident = to_device(self.model, device)
             fused = fuse_norms(self.model), fuse_routers(self.model)
             log.debug("fused %d norms and %d routers", *fused)
-        least = capacity if self._compiles(store) else min(capacity, least_room)
+        compiles = self._compiles(store)
+        if compiles:
+            log.info("the context is allocated at once: layers are compiled for one shape of it")
+        least = capacity if compiles else min(capacity, least_room)
         with _room_for(f"a context of {least} tokens"):
             self._cache, measured = self._measured_cache(least)
         workspace = measured.nbytes + self._experts_workspace(store)
@@ -176,6 +179,11 @@ class GpuBackend:
         return self.vram.nbytes
 
     @property
+    def context_bytes(self) -> int:
+        """Keys and values, with the room that they have now."""
+        return self._cache.nbytes
+
+    @property
     def warm_bytes(self) -> int:
         return self._warm.slab.nbytes
 
@@ -257,21 +265,22 @@ class GpuBackend:
         nothing = NoExperts(self.model)
         runner = DeviceRunner(self.model, nothing, cache, self._device, graphs=False)
         prompt = [0] * max(1, min(chunk, self._capacity - 1))
-        near = self._peak(runner, prompt)
-        nbytes = max(near, self._peak(runner, [0]))
-        per_position = self._peak_per_position(runner, prompt, near)
+        nbytes = max(self._peak(runner, tokens) for tokens in (prompt, [0]))
+        per_position = self._peak_per_position(runner, prompt)
         cache.reset()
         return _Workspace(nbytes, per_position)
 
-    def _peak_per_position(self, runner: DeviceRunner, prompt: list[int], near: int) -> float:
+    def _peak_per_position(self, runner: DeviceRunner, prompt: list[int]) -> float:
         """How much more a chunk needs at the end of the room, by position before it."""
-        cache, far = runner.cache, near
+        cache = runner.cache
         if self._device.type != "cuda" or cache.room in (0, self._capacity):
             return 0.0
         cache.reset()
+        peaks = list[int]()
         while cache.length + len(prompt) <= cache.room:
-            start, far = cache.length, self._peak(runner, prompt)
-        return max(0, far - near) / max(1, start)
+            start = cache.length
+            peaks.append(self._peak(runner, prompt))
+        return max(0, peaks[-1] - peaks[0]) / max(1, start)
 
     def _peak(self, runner: DeviceRunner, tokens: list[int]) -> int:
         """The most bytes that a forward pass of `tokens` takes at once, besides the cache."""
@@ -290,7 +299,7 @@ def _described(cache: FixedCache | GrowingCache, capacity: int) -> str:
         return "a key-value cache of the model's own"
     held = f"key-value cache {format_bytes(cache.nbytes)} for {cache.room} tokens"
     if cache.room == capacity:
-        return f"{held}, all of the context at once"
+        return f"{held}, all of the context at once{'' if cache.has_buckets else ' (indexed)'}"
     more = format_bytes(cache.nbytes_more(capacity))
     return f"{held} ({more} more for all {capacity}: from the experts, when they are needed)"
 

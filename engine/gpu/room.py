@@ -62,10 +62,9 @@ class ContextRoom:
         traffic = self._experts.chunks.traffic
         lacking = nbytes - self._spare()
         if lacking > 0:
-            given = self._experts.shrink(lacking)
+            given = self._borrow(lacking)
         given += self._resize(room)
-        self._lent += given
-        self._arbiter.grown(nbytes, time.perf_counter() - started)
+        self._arbiter.grown(time.perf_counter() - started)
         self._say_grown(room, nbytes, given, traffic - self._experts.chunks.traffic)
 
     def shrink_to(self, length: int) -> bool:
@@ -158,13 +157,19 @@ class ContextRoom:
             try:
                 self._cache.resize(room)
             except torch.OutOfMemoryError:  # somebody else was quicker
-                more = self._experts.shrink(_GIVEN_AT_LEAST)
+                more = self._borrow(_GIVEN_AT_LEAST)
                 if not more:
                     raise self._refusal(room) from None
                 given += more
             else:
                 self._release()
                 return given
+
+    def _borrow(self, nbytes: int) -> int:
+        """What the experts give for the context, and are to have again."""
+        given = self._experts.shrink(nbytes)
+        self._lent += given
+        return given
 
     def _release(self) -> None:
         """What the cache has left goes back to the device."""

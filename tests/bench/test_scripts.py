@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from tierrun.bench import (
     decode,
     fio,
+    gpu_arbiter,
     gpu_decode,
     gpu_parity,
     gpu_soak,
@@ -31,6 +32,7 @@ from tierrun.io.store import Store
 
 MAINS: dict[str, Callable[..., None]] = {
     "decode": decode.main,
+    "gpu_arbiter": gpu_arbiter.main,
     "gpu_decode": gpu_decode.main,
     "gpu_parity": gpu_parity.main,
     "gpu_soak": gpu_soak.main,

@@ -54,7 +54,7 @@ class FakeCache:
 class Generous(Arbiter):
     """The experts get what they would use, however quickly a context of a few bytes grows."""
 
-    def worth_to_context(self, tokens: int) -> float:
+    def worth_to_context(self, nbytes: int, tokens: int) -> float:
         return 0.0
 
 
@@ -270,3 +270,51 @@ def test_a_refused_step_leaves_the_session_usable(one_layer: Model) -> None:
         session.prefill(PROMPT[2:3])
         assert session.tokens == PROMPT[:3]
         engine.check_integrity()
+
+
+# -- on a GPU ------------------------------------------------------------------------------------
+
+
+class MovingEngine(Engine):
+    """The context begins with room for 512 tokens, and moves at the 513th."""
+
+    backend: GpuBackend
+    least_room = 512
+
+    def _make_backend(self, weights: Any) -> GpuBackend:
+        given = self.store, weights, self.options, self.ledger, self.device, 2048
+        return GpuBackend(*given, least_room=self.least_room)
+
+
+class StayingEngine(MovingEngine):
+    least_room = 2048
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_a_cache_that_moved_is_recorded_anew(
+    one_layer: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    found, tokens = [], PROMPT * 20
+    for kind, graphs in ((MovingEngine, True), (StayingEngine, True), (MovingEngine, False)):
+        given = Options(
+            ram="1GiB",
+            device="cuda",
+            ubatch=128,
+            vram=str(one_layer.expert_bytes),
+            exact=True,
+            graphs=graphs,
+        )
+        with (
+            caplog.at_level(logging.INFO, "tierrun"),
+            kind(Store.open([one_layer.store]), given) as engine,
+        ):
+            session = engine.session()
+            session.prefill(tokens[:500])
+            steps = [session.prefill([token]) for token in tokens[500:530]]
+            session.reset()
+            session.prefill(tokens[:20])
+            steps += [session.prefill([token]) for token in tokens[20:30]]
+            found.append(torch.stack(steps))
+            engine.check_integrity()
+    assert caplog.text.count("context grew to 1024 tokens") == 2
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
