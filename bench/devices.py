@@ -13,6 +13,7 @@ import typer
 
 from tierrun.engine.engine import Engine, load
 from tierrun.io.errors import TierrunError, UsageError
+from tierrun.io.extent import parse_bytes
 from tierrun.io.store import Manifest, read_manifest
 from tierrun.tiers.ledger import Counters
 
@@ -37,6 +38,7 @@ Io = Annotated[str, typer.Option(help="The reader.")]
 LaneMode = Annotated[str, typer.Option("--lanes", help="Experts in RAM: auto, copy, cpu.")]
 Policy = Annotated[str, typer.Option(help="Replacement: lfru, lru, layers.")]
 Threads = Annotated[int, typer.Option(help="0: all cores but one.")]
+Card = Annotated[str, typer.Option(help="As if the card had so much (16GiB): the rest is taken.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the JSON document here.")]
 
 
@@ -201,6 +203,30 @@ def memory_figures(device: str) -> dict[str, int]:
         figures["vram_allocated"] = torch.cuda.memory_allocated()
         figures["vram_reserved"] = torch.cuda.memory_reserved()
     return figures
+
+
+def engine_memory(engine: Engine, device: str) -> dict[str, int]:
+    """`memory_figures`, and what of it the engine has for what; nothing is left in caches."""
+    figures = {"experts": engine.backend.hot_bytes, "pinned": engine.backend.warm_bytes}
+    if device != "cpu":
+        gpu_backend: Any = engine.backend  # the property is the GPU's
+        synchronise(device)
+        torch.cuda.empty_cache()
+        figures["context"] = gpu_backend.context_bytes
+        figures["pinned"] += torch.cuda.host_memory_stats()["allocated_bytes.current"]
+    figures |= memory_figures(device)
+    for name in ("vram_used", "vram_allocated"):
+        if name in figures:
+            figures[f"{name}_rest"] = figures[name] - figures["experts"]
+    return figures
+
+
+def occupy(device: str, card: str) -> torch.Tensor | None:
+    """Take memory of the GPU until only `card` (`16GiB`) is free: as if it were a smaller one."""
+    if device == "cpu" or not card:
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    return torch.empty(max(0, free - parse_bytes(card)), dtype=torch.uint8, device=device)
 
 
 def say(text: str) -> None:

@@ -2,10 +2,10 @@
 
     python -m tierrun.bench.gpu_disk STORE --vram 4GiB --ram 4GiB --memory 6GiB
 
-Needs root (cgroups, page cache). `tierrun.bench.gpu_decode` runs in the cgroup, page cache included,
-from a cold cache; before and after it the drive is measured outside: random records of the store,
-as many in flight as saturate it. The *bound* is what the ledger counts per layer: everything that
-is not serving misses, and the bytes of each layer's reads at the drive's bandwidth.
+Needs root (cgroups, page cache). `tierrun.bench.gpu_decode` runs in the cgroup, page cache
+included, from a cold cache; before and after it the drive is measured outside: random records of
+the store, as many in flight as saturate it. The *bound* is what the ledger counts per layer: everything
+that is not serving misses, and the bytes of each layer's reads at the drive's bandwidth.
 """
 
 import json

@@ -1,14 +1,16 @@
 """A long decode with little VRAM: books checked after every token, memory that must not grow.
 
     python -m tierrun.bench.gpu_soak STORE --vram 2%experts --tokens 2000
+    python -m tierrun.bench.gpu_soak STORE --card 16GiB --vram auto --contexts 2048,32768
 
 Logits of two short prompts, taken before and after, must be the same bits: an expert damaged on its
-way through the tiers would show there. Memory is compared with what it was after the first tokens.
+way through the tiers would show there. Memory is compared with what it was after the first tokens;
+with --contexts, long and short contexts in turn, with that of contexts as long (`alternation`).
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -16,7 +18,8 @@ import torch
 import typer
 from rich.table import Table
 
-from tierrun.bench import devices
+from tierrun.bench import alternation, devices
+from tierrun.bench.alternation import Alternation
 from tierrun.bench.devices import Setting, say
 from tierrun.bench.report import document, emit, open_console, run_script
 from tierrun.bench.stream import token_stream
@@ -142,9 +145,12 @@ def faults(done: Soak, limit: int, exact: bool) -> list[str]:
         for name in JUDGED
         if growth.get(name, 0) > limit
     ]
-    if done.logits_error > (0.0 if exact else 1e-2):
-        found.append(f"the logits changed by {done.logits_error:.3g}")
-    return found
+    return found + _changed(done.logits_error, exact)
+
+
+def _changed(error: float, exact: bool) -> list[str]:
+    changed = error > (0.0 if exact else 1e-2)
+    return [f"the logits changed by {error:.3g}"] if changed else []
 
 
 def figures(done: Soak, problems: Sequence[str]) -> dict[str, Any]:
@@ -174,24 +180,68 @@ def main(
     every: Annotated[int, typer.Option(min=1, help="Tokens between looks at the memory.")] = 100,
     seconds: Annotated[float, typer.Option(help="Ends early after so long.")] = 540.0,
     limit: Annotated[str, typer.Option(help="Growth that is let pass.")] = "32MiB",
+    contexts: Annotated[str, typer.Option(help="Lengths in turn, until --seconds.")] = "",
+    domains: Annotated[int, typer.Option(min=1, help="Vocabularies in turn.")] = 3,
+    answer: Annotated[int, typer.Option(min=1, help="Tokens decoded in each context.")] = 64,
+    ubatch: devices.Ubatch = 0,
+    card: devices.Card = "",
     json_file: devices.JsonFile = None,
 ) -> None:
     """Decode for long with little VRAM, checking books and memory."""
     started = time.perf_counter()
     devices.check_device(device)
-    plan = Plan(tokens=tokens, settle=min(settle, tokens), every=every, seconds=seconds)
+    ballast = devices.occupy(device, card)
     setting = Setting(
-        device, vram, ram, compile_, graphs, exact, plan.context, io=io, threads=threads
+        device, vram, ram, compile_, graphs, exact, ubatch=ubatch, io=io, threads=threads
     )
+    if contexts:
+        turns = Alternation.of(contexts, domains, answer, seconds)
+        results = alternating(store, setting, turns, parse_bytes(limit), started)
+    else:
+        plan = Plan(tokens=tokens, settle=min(settle, tokens), every=every, seconds=seconds)
+        results = decoding(store, setting, plan, parse_bytes(limit), started)
+    del ballast
+    emit(document("gpu_soak", results), json_file)
+    if results["faults"]:
+        raise TierrunError("; ".join(results["faults"]))
+
+
+def decoding(
+    store: Path, setting: Setting, plan: Plan, limit: int, started: float
+) -> dict[str, Any]:
+    """One context, decoded for long."""
+    setting = replace(setting, context=plan.context)
     with setting.load(store) as engine:
         say("loaded")
-        done = soak(engine, device, plan, started)
-    problems = faults(done, parse_bytes(limit), exact or device == "cpu")
-    open_console().print(soak_table(done, f"{store.name}, {device}, VRAM {vram}"))
-    results = {"setting": asdict(setting), "plan": asdict(plan), **figures(done, problems)}
-    emit(document("gpu_soak", results), json_file)
-    if problems:
-        raise TierrunError("; ".join(problems))
+        done = soak(engine, setting.device, plan, started)
+    problems = faults(done, limit, setting.exact or setting.device == "cpu")
+    open_console().print(soak_table(done, f"{store.name}, {setting.device}, VRAM {setting.vram}"))
+    return {"setting": asdict(setting), "plan": asdict(plan), **figures(done, problems)}
+
+
+def alternating(
+    store: Path, setting: Setting, plan: Alternation, limit: int, started: float
+) -> dict[str, Any]:
+    """Long and short contexts of several domains."""
+    setting = replace(setting, context=max(*plan.contexts, *PROBES))
+    with setting.load(store) as engine:
+        say("loaded")
+        before = probe(engine)
+        turns, checks = alternation.alternate(engine, setting.device, plan, started)
+        devices.check_bytes(engine, setting.device)
+        error = _error(before, probe(engine))
+    problems = alternation.faults(turns, plan.contexts, limit)
+    problems += _changed(error, setting.exact or setting.device == "cpu")
+    title = f"{store.name}, {setting.device}, VRAM {setting.vram}"
+    open_console().print(alternation.table(turns, title))
+    return {
+        "setting": asdict(setting),
+        "plan": asdict(plan),
+        **alternation.figures(turns, plan.contexts),
+        "integrity_checks": checks,
+        "logits_error": error,
+        "faults": problems,
+    }
 
 
 if __name__ == "__main__":

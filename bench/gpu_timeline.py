@@ -54,7 +54,10 @@ def recorded(work: Callable[[], object], device: str) -> Recorded:
     """Run `work` under the profiler."""
     clock = time.time_ns() / 1e3 - time.perf_counter() * 1e6
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler, Timeline() as timeline:
+    with (
+        torch.profiler.profile(activities=activities, acc_events=True) as profiler,
+        Timeline() as timeline,
+    ):
         started = time.perf_counter()
         work()
         synchronise(device)

@@ -16,6 +16,15 @@ class Context(Protocol):
     tokens in their cache, some do not.
     """
 
+    def reserve(self, length: int, *, kept: int) -> None:
+        """Have room for `length` tokens in all, the first `kept` of which are there already.
+
+        With `kept` 0, what is there may be forgotten.
+
+        Raises:
+            BudgetError: there is not so much memory; everything is as it was.
+        """
+
     def forward(self, tokens: Sequence[int], *, last_only: bool) -> torch.Tensor:
         """The logits after each of `tokens`, or after the last only: fp32 [n, vocab] on the CPU."""
 
@@ -30,6 +39,9 @@ class CpuContext:
         self._model = model
         self._few_logits = keeps_few_logits(model)
         self._cache: Cache | None = None
+
+    def reserve(self, length: int, *, kept: int) -> None:
+        """See `Context`; host memory is taken as it is needed."""
 
     def forward(self, tokens: Sequence[int], *, last_only: bool) -> torch.Tensor:
         """See `Context`."""

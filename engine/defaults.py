@@ -56,7 +56,7 @@ class ModelDefaults:
     def context(self, asked: int, *, on_gpu: bool = False) -> int:
         """Tokens of context: `asked`, or for 0 the model's longest.
 
-        On a GPU, where the cache is allocated at once, 0 is no more than 8192.
+        On a GPU, where a longer one takes memory from the experts, 0 is no more than 8192.
 
         Raises:
             UsageError: longer than the model's.

@@ -74,7 +74,7 @@ class Session:
             UsageError: as `prefill`; the context stays as it was.
         """
         known = self.shared(tokens)
-        self._check(tokens, 0)
+        self._prepare(tokens[known:], known)
         if known == 0:
             self.reset()
         return self.prefill(tokens[known:])
@@ -83,9 +83,10 @@ class Session:
         """Append `tokens`, `ubatch` at a time; the logits after the last one, fp32 [vocab].
 
         Raises:
-            UsageError: no token, one outside the vocabulary, or more than the context holds.
+            UsageError: no token, one outside the vocabulary, or more than the context holds;
+                BudgetError among them: more than there is memory for. The context stays as it was.
         """
-        self._check(tokens, len(self.tokens))
+        self._prepare(tokens, len(self.tokens))
         for chunk in self._chunks(tokens):
             logits = self._forward(chunk, last_only=True)
         return logits[-1]
@@ -96,7 +97,7 @@ class Session:
         Raises:
             UsageError: as `prefill`.
         """
-        self._check(tokens, len(self.tokens))
+        self._prepare(tokens, len(self.tokens))
         chunks = self._chunks(tokens)
         return torch.cat([self._forward(chunk, last_only=False) for chunk in chunks])
 
@@ -106,6 +107,11 @@ class Session:
         if not self._continues:
             size = 1 if self.tokens else len(tokens)
         return [list(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+
+    def _prepare(self, tokens: Sequence[int], known: int) -> None:
+        """See that `tokens` can follow the first `known` of the context, and that there is room."""
+        self._check(tokens, known)
+        self._context.reserve(known + len(tokens), kept=known)
 
     def _check(self, tokens: Sequence[int], known: int) -> None:
         if not tokens:
@@ -136,7 +142,7 @@ class Session:
 
     def step(self, token: int, chooser: Chooser) -> tuple[int, StepFigures]:
         """Append `token` and choose the one after it; that one, and what it cost."""
-        self._check([token], len(self.tokens))
+        self._prepare([token], len(self.tokens))
         return self._measured(
             lambda: self._choose(self._forward([token], last_only=True)[-1], chooser)
         )

@@ -26,7 +26,7 @@ _WORKSPACE_BYTES = 512 << 20
 
 _LEAST_RESERVE = 512 << 20
 _RESERVE_SHARE = 0.03
-"""What `auto` leaves free on a GPU: for fragmentation, and for others."""
+"""What `auto` leaves free on a GPU: for fragmentation, recorded graphs, and others."""
 
 
 class Budget(NamedTuple):
@@ -124,7 +124,7 @@ def resolve_device_vram(text: str, memory: DeviceFigures, needs: DeviceNeeds) ->
     free = max(0, memory.free - sum(needs))
     said = f"{format_bytes(memory.free)} of {format_bytes(memory.total)} free on {memory.name}"
     if text == "auto":
-        reserve = max(_LEAST_RESERVE, int(_RESERVE_SHARE * memory.total))
+        reserve = device_reserve(memory.total)
         reason = f"auto: {said}, less {needs}, {format_bytes(reserve)} of reserve"
         return Budget(max(0, free - reserve), reason)
     budget = _explicit(text, memory.total, memory.name)
@@ -132,9 +132,14 @@ def resolve_device_vram(text: str, memory: DeviceFigures, needs: DeviceNeeds) ->
         raise BudgetError(
             f"--vram {text}: {format_bytes(budget.nbytes)} are more than the "
             f"{format_bytes(free)} that are left ({said}, less {needs}); "
-            f"ask for at most {free} bytes, or for a smaller context (-c)"
+            f"ask for at most {free} bytes"
         )
     return budget
+
+
+def device_reserve(total: int) -> int:
+    """Bytes of a GPU's `total` that are left alone where nobody has asked for them."""
+    return max(_LEAST_RESERVE, int(_RESERVE_SHARE * total))
 
 
 def _explicit(text: str, total: int, limit: str) -> Budget:

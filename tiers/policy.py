@@ -29,6 +29,9 @@ class Policy(Protocol):
     def worth(self, experts: Experts, step: int) -> NDArray[np.float64]:
         """The worth of each of `experts` at `step`; the lowest is evicted first."""
 
+    def rate(self, experts: Experts, step: int) -> NDArray[np.float64]:
+        """How often each of `experts` may be expected to be used, per step; at most 1."""
+
 
 class Lru:
     """Least recently used goes first."""
@@ -43,6 +46,10 @@ class Lru:
 
     def worth(self, experts: Experts, step: int) -> NDArray[np.float64]:
         return self._last[experts].astype(np.float64)
+
+    def rate(self, experts: Experts, step: int) -> NDArray[np.float64]:
+        last = self._last[experts]
+        return np.where(last < 0, 0.0, 1.0 / (step - last + 1))
 
 
 class Lfru:
@@ -68,24 +75,25 @@ class Lfru:
         idle = step - self._last[experts]
         return self._decayed(experts, idle) / (idle + 1)
 
+    def rate(self, experts: Experts, step: int) -> NDArray[np.float64]:
+        # What a use at each of the steps so far would have brought the count to.
+        kept = 0.5 ** (1.0 / self._half_life)
+        most = (1.0 - kept ** (step + 1)) / (1.0 - kept)
+        rates: NDArray[np.float64] = self._decayed(experts, step - self._last[experts]) / most
+        return np.minimum(1.0, rates)
+
     def _decayed(self, experts: Experts, idle: Experts) -> NDArray[np.float64]:
         decayed: NDArray[np.float64] = self._count[experts] * np.exp2(idle / -self._half_life)
         return decayed
 
 
-class Layers:
+class Layers(Lru):
     """The first layers' experts stay, whatever is used: llama.cpp's split, to compare with."""
 
     name = "layers"
 
-    def __init__(self, num_experts: int) -> None:
-        self._num_experts = num_experts
-
-    def used(self, experts: Experts, step: int) -> None:
-        """Nothing follows from it."""
-
     def worth(self, experts: Experts, step: int) -> NDArray[np.float64]:
-        return (self._num_experts - experts).astype(np.float64)
+        return (len(self._last) - experts).astype(np.float64)
 
 
 POLICIES = {policy.name: policy for policy in (Lru, Lfru, Layers)}

@@ -9,15 +9,22 @@ from tierrun.io.errors import BudgetError
 from tierrun.io.extent import format_bytes
 from tierrun.io.reads import PART_BYTES
 from tierrun.io.store import Manifest, Store
-from tierrun.tiers.budget import Budget, DeviceFigures, TierPlan, host_memory, plan_tier
+from tierrun.tiers.budget import (
+    Budget,
+    DeviceFigures,
+    TierPlan,
+    device_reserve,
+    host_memory,
+    plan_tier,
+)
 from tierrun.tiers.memory import DeviceMemory, Memory, OrdinaryMemory, PinnedMemory
 from tierrun.tiers.slab import Slab
 from tierrun.tiers.tier import Tier
 
 log = logging.getLogger(__name__)
 
-_DEVICE_CHUNKS = 8
-"""Pieces of a device's slab that can be given back one by one."""
+_LEAST_CHUNKS, _CHUNK_BYTES = 8, 256 << 20
+"""Pieces of a device's slab that can be given back one by one: so many, none much larger."""
 
 
 class DeviceTiers(NamedTuple):
@@ -70,7 +77,7 @@ def make_device_tiers(
     pinned = PinnedMemory(device, strict=strict) if on_gpu else OrdinaryMemory()
     nothing = TierPlan(hot.extent_bytes, ())
     return DeviceTiers(
-        _make_tier("hot", manifest, vram, hot, DeviceMemory(device), _DEVICE_CHUNKS),
+        _make_tier("hot", manifest, vram, hot, DeviceMemory(device), _num_chunks(hot)),
         _make_tier("warm", manifest, ram, warm, pinned),
         _make_tier("none", manifest, Budget(0, ""), nothing, OrdinaryMemory()),
     )
@@ -81,6 +88,16 @@ def device_figures(device: torch.device) -> DeviceFigures:
     free, total = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return DeviceFigures(total, free + cached, torch.cuda.get_device_name(device))
+
+
+def spare_bytes(device: torch.device, workspace: int) -> int:
+    """What is free on a GPU but for its reserve and a `workspace`."""
+    figures = device_figures(device)
+    return max(0, figures.free - device_reserve(figures.total) - workspace)
+
+
+def _num_chunks(plan: TierPlan) -> int:
+    return max(_LEAST_CHUNKS, -(-plan.nbytes // _CHUNK_BYTES))
 
 
 def _plan(flag: str, manifest: Manifest, budget: Budget, *, landing: bool) -> TierPlan:

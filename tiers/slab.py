@@ -1,8 +1,8 @@
-"""A tier's memory: allocated once, divided into fixed extents.
+"""A tier's memory: divided into fixed extents.
 
-Extents are what an arbiter can hand between record classes (and, later, the KV cache); nothing is
-allocated after start, since pinned memory must not churn. A device's slab is several chunks, each
-an allocation of its own, so that one can be given back when the device runs out of memory.
+In host memory nothing is allocated after start, since pinned memory must not churn. A device's slab
+is many chunks, each an allocation of its own: what hands memory to and fro between the experts and
+the key-value cache, or gives it back when the device runs out of memory.
 """
 
 import torch
@@ -27,11 +27,14 @@ class Slab:
         self._memory = memory
         self._per_chunk = max(1, -(-num_extents // num_chunks))
         self._chunks: dict[int, torch.Tensor] = {}
-        for number, first in enumerate(range(0, max(1, num_extents), self._per_chunk)):
-            extents = min(self._per_chunk, num_extents - first)
-            self._chunks[number] = memory.allocate(extents * extent_bytes)
-        # The lowest address, so that every offset from it is positive.
-        self._base = min(self._chunks, key=lambda number: self._chunks[number].data_ptr())
+        for number in range(-(-max(1, num_extents) // self._per_chunk)):
+            self._chunks[number] = memory.allocate(self.nbytes_of(number))
+        self._num_chunks = len(self._chunks)
+        self._base = self._lowest()
+
+    def _lowest(self) -> int:
+        """The chunk at the lowest address, so that every offset from it is positive."""
+        return min(self._chunks, key=lambda number: self._chunks[number].data_ptr())
 
     @property
     def nbytes(self) -> int:
@@ -39,13 +42,18 @@ class Slab:
 
     @property
     def base(self) -> torch.Tensor:
-        """The chunk that offsets count from; never dropped."""
+        """The chunk that offsets count from; never dropped. It moves with `restore` only."""
         return self._chunks[self._base]
 
     @property
     def droppable(self) -> list[int]:
         """The numbers of the chunks that can be dropped."""
         return [number for number in self._chunks if number != self._base]
+
+    @property
+    def dropped(self) -> list[int]:
+        """The numbers of the chunks that have been dropped."""
+        return [number for number in range(self._num_chunks) if number not in self._chunks]
 
     def view(self, extent: int, offset: int, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes], `offset` bytes into extent number `extent`."""
@@ -63,8 +71,12 @@ class Slab:
         first = chunk * self._per_chunk
         return range(first, min(first + self._per_chunk, self.num_extents))
 
+    def nbytes_of(self, chunk: int) -> int:
+        """The bytes of a chunk, whether it is there or not."""
+        return len(self.extents_of(chunk)) * self.extent_bytes
+
     def drop(self, chunk: int) -> int:
-        """Let go of a chunk for good, and of its extents; the bytes that were in it.
+        """Let go of a chunk, and of its extents; the bytes that were in it.
 
         It is free once nobody holds a view of it; no copy or kernel may be using it.
         """
@@ -72,6 +84,16 @@ class Slab:
         memory = self._chunks.pop(chunk)
         self._memory.release(memory)
         return len(memory)
+
+    def restore(self, chunk: int) -> None:
+        """Allocate a chunk that was dropped, at whatever address; offsets change if it is lower.
+
+        Raises:
+            BudgetError: there is not so much; everything is as it was.
+        """
+        assert chunk not in self._chunks, f"chunk {chunk} was never dropped"
+        self._chunks[chunk] = self._memory.allocate(self.nbytes_of(chunk))
+        self._base = self._lowest()
 
     def release(self) -> None:
         """Unlock what is locked; nothing may be copied from or to here any more."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ NOBODY = -1
 class SlotState(IntEnum):
     """FREE → FILLING → READY → FREE; only READY slots are read, only unleased ones evicted.
 
-    A RETIRED slot has no memory any more.
+    A RETIRED slot has no memory, until its extent is revived.
     """
 
     FREE = 0
@@ -27,6 +28,13 @@ class SlotState(IntEnum):
 
 _FREE, _FILLING = int(SlotState.FREE), int(SlotState.FILLING)
 """Plain numbers for what every miss does: looking up and converting an enum's costs more."""
+
+
+class _Cut(NamedTuple):
+    """How an extent is cut: its slots, and their record class."""
+
+    slots: range
+    record_class: int
 
 
 class Tier:
@@ -46,17 +54,16 @@ class Tier:
         self.record_class = np.empty(0, dtype=np.int16)
         self.tickets: dict[int, Ticket] = {}
         self._views: list[torch.Tensor] = []
-        self._extent_of: list[int] = []
+        self._cuts: dict[int, _Cut] = {}
         self._free: list[list[int]] = [[] for _ in record_bytes]
 
     def assign(self, extent: int, record_class: int) -> None:
         """Cut an unassigned extent into slots for `record_class`."""
-        assert extent not in self._extent_of, f"extent {extent} is assigned already"
-        nbytes = self.record_bytes[record_class]
-        count = self.slab.extent_bytes // nbytes
-        first = len(self._views)
-        self._views += [self.slab.view(extent, i * nbytes, nbytes) for i in range(count)]
-        self._extent_of += [extent] * count
+        assert extent not in self._cuts, f"extent {extent} is assigned already"
+        views = self._cut_up(extent, record_class)
+        first, count = len(self._views), len(views)
+        self._views += views
+        self._cuts[extent] = _Cut(range(first, first + count), record_class)
         self._free[record_class] += range(first + count - 1, first - 1, -1)
         self.owner = np.append(self.owner, np.full(count, NOBODY))
         self.state = np.append(self.state, np.zeros(count, np.int8))
@@ -64,17 +71,31 @@ class Tier:
         self.proven = np.append(self.proven, np.zeros(count, np.bool_))
         self.record_class = np.append(self.record_class, np.full(count, record_class, np.int16))
 
-    def slots_in(self, extent: int) -> list[int]:
+    def _cut_up(self, extent: int, record_class: int) -> list[torch.Tensor]:
+        nbytes = self.record_bytes[record_class]
+        count = self.slab.extent_bytes // nbytes
+        return [self.slab.view(extent, i * nbytes, nbytes) for i in range(count)]
+
+    def slots_in(self, extent: int) -> range:
         """The slots that were cut from `extent`."""
-        return [slot for slot, its in enumerate(self._extent_of) if its == extent]
+        return self._cuts[extent].slots
 
     def retire(self, extent: int) -> None:
-        """Let go of the memory of an extent's slots, which are FREE, and never use them again."""
+        """Let go of the memory of an extent's slots, which are FREE: they are not used any more."""
         for slot in self.slots_in(extent):
             assert self.state[slot] == SlotState.FREE, f"slot {slot} of {self.name} is in use"
             self._free[int(self.record_class[slot])].remove(slot)
             self.state[slot], self.record_class[slot] = SlotState.RETIRED, NOBODY
             self._views[slot] = torch.empty(0, dtype=torch.uint8)
+
+    def revive(self, extent: int) -> None:
+        """Give the RETIRED slots of an extent, whose memory is there again, back as FREE ones."""
+        slots, record_class = self._cuts[extent]
+        for slot, view in zip(slots, self._cut_up(extent, record_class), strict=True):
+            assert self.state[slot] == SlotState.RETIRED, f"slot {slot} of {self.name} has memory"
+            self.state[slot], self.record_class[slot] = SlotState.FREE, record_class
+            self._views[slot] = view
+        self._free[record_class] += reversed(slots)
 
     @property
     def num_slots(self) -> int:
@@ -130,4 +151,10 @@ class Tier:
         filling = set(np.flatnonzero(self.state == SlotState.FILLING).tolist())
         coming = {*self.tickets, *copied}
         assert filling == coming, "filling slots and what is under way differ"
-        assert self.slab.num_extents >= len(set(self._extent_of)), "more extents than the slab has"
+        assert self.slab.num_extents >= len(self._cuts), "more extents than the slab has"
+        retired = self.state == SlotState.RETIRED
+        assert (self.record_class[retired] == NOBODY).all(), "a slot without memory has a class"
+        sizes = [len(view) for view in self._views]
+        assert (np.flatnonzero(retired) == np.flatnonzero(np.array(sizes) == 0)).all(), (
+            "slots without memory and retired ones differ"
+        )

@@ -21,7 +21,6 @@ Assumes:
   and that an exception's traceback may keep alive, ends with `abandon` or `next_step`.
 """
 
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
@@ -30,7 +29,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tierrun.io.extent import format_bytes
 from tierrun.io.store import ExpertKey
 from tierrun.tiers.copies import Copies
 from tierrun.tiers.residency import Held, Residency
@@ -38,9 +36,8 @@ from tierrun.tiers.slottable import SlotTable
 from tierrun.tiers.tier import NOBODY, Tier
 from tierrun.tiers.transfers import Transfers
 from tierrun.tiers.vramcall import VramCall
+from tierrun.tiers.vramchunks import VramChunks
 from tierrun.tiers.vramslots import VramSlots
-
-log = logging.getLogger(__name__)
 
 _MOST_GROUP = 16
 """Experts per group of a prefill: enough for large copies and few launches."""
@@ -90,7 +87,7 @@ class VramTier:
         self._spare_warm = [self._spare_of(number) for number in range(len(tier.record_bytes))]
         self._transfers = Transfers(placement, self.slots, copies, placement.ledger)
         self._call: VramCall | None = None
-        self._has_shrunk = False
+        self.chunks = VramChunks(placement, self.slots)
 
     def _spare_of(self, record_class: int) -> int:
         """Warm slots that may be held while a layer is leased and one more is read."""
@@ -105,7 +102,7 @@ class VramTier:
 
     @property
     def base(self) -> torch.Tensor:
-        """uint8; the address that offsets count from. It stays the same as long as the tier."""
+        """uint8; the address that offsets count from. It stays the same but for `grow`."""
         return self._tier.slab.base
 
     @property
@@ -450,26 +447,31 @@ class VramTier:
         What is worth least goes, in chunks of the slab, as long as every layer can still run. Ends
         a call under way; waits for the device.
         """
-        self.abandon()
-        self._make_quiet()
-        self.copies.synchronize()
+        self._stop()
         given = 0
-        while given < nbytes and (dropped := self.slots.drop_least_chunk()):
+        while given < nbytes and (dropped := self.chunks.drop_least()):
             given += dropped
         self.copies.ready()
-        self._say_shrunk(given)
         if given and self.base.is_cuda:
             torch.cuda.empty_cache()
         return given
 
-    def _say_shrunk(self, given: int) -> None:
-        if given and not self._has_shrunk:
-            self._has_shrunk = True
-            log.warning(
-                "the GPU's memory ran out: the hot tier gave %s back and goes on with %s",
-                format_bytes(given),
-                format_bytes(self.nbytes),
-            )
+    def grow(self, nbytes: int) -> int:
+        """Take back chunks that were given, of at most `nbytes`; the bytes that were taken.
+
+        They come without experts. `base` may move, and every offset with it: who has recorded
+        `base` must record anew. Ends a call under way; waits for the device.
+        """
+        self._stop()
+        taken = self.chunks.restore(nbytes)
+        self.copies.ready()
+        return taken
+
+    def _stop(self) -> None:
+        """Nothing is under way any more, on the host or on the device."""
+        self.abandon()
+        self._make_quiet()
+        self.copies.synchronize()
 
     def abandon(self) -> None:
         """End a fetch or stream that was given up; reads under way go on and are kept."""
@@ -478,9 +480,7 @@ class VramTier:
 
     def close(self) -> None:
         """Wait for every copy; nothing may be asked for afterwards."""
-        self.abandon()
-        self._make_quiet()
-        self.copies.synchronize()
+        self._stop()
 
     def records(self) -> Iterator[tuple[ExpertKey, torch.Tensor]]:
         """Every expert that is here, and its bytes on the device. Between calls only."""

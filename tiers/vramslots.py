@@ -7,7 +7,7 @@ free or unproven at any time: at least the top-k of its layers, so that one laye
 find a place; more where that costs little, so that prefill has room to copy ahead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,7 +55,7 @@ class VramSlots:
         slots = range(len(tier.owner))
         self._offsets = [tier.slab.offset(tier.memory(slot)) for slot in slots]
         self._class = tier.record_class.tolist()
-        self._least = least_reserve(placement, tier)
+        self.least = least_reserve(placement, tier)
         self._unproven: list[dict[int, None]] = [{} for _ in classes]
         self._filling: set[int] = set()
         self.deferred: set[int] = set()
@@ -66,7 +66,7 @@ class VramSlots:
     def _reserve_of(self, record_class: int) -> int:
         slots = self.tier.num_slots_of(record_class)
         ample = min(_MOST_RESERVE, slots // _SHARE_OF_RESERVE)
-        return min(slots, max(self._least[record_class], ample))
+        return min(slots, max(self.least[record_class], ample))
 
     def offset(self, slot: int) -> int:
         """Where the slot begins, in bytes from the slab's base."""
@@ -111,7 +111,7 @@ class VramSlots:
 
         None where the layers' misses would not find enough places beside it.
         """
-        enough = self._num_open(record_class) > self._least[record_class]
+        enough = self._num_open(record_class) > self.least[record_class]
         if not enough or not self.make_room(record_class, 1):
             return None
         slot = self.take(record_class, expert)
@@ -238,43 +238,33 @@ class VramSlots:
         owners = self.tier.owner[slots]
         return self._placement.policy.worth(owners, self._placement.step)
 
-    # -- shrinking ------------------------------------------------------------------------------
+    # -- when the slab shrinks and grows --------------------------------------------------------
 
-    def drop_least_chunk(self) -> int:
-        """Give the chunk of the slab that is worth least back to the device; its bytes, or 0.
-
-        Nothing may be under way. One with a leased slot stays, as does one that a class needs.
-        """
-        chunks = [chunk for chunk in self.tier.slab.droppable if self._can_drop(chunk)]
-        if not chunks:
-            return 0
-        chunk = min(chunks, key=self._chunk_worth)
-        for slot in self._slots_of(chunk):
-            if self.tier.state[slot] == SlotState.READY:
-                self.evict(slot)
-        self.table.flush()
-        for extent in self.tier.slab.extents_of(chunk):
+    def retire(self, extents: Iterable[int]) -> None:
+        """Evict whatever lies in `extents`, none of it leased, and never use them again."""
+        for extent in extents:
+            for slot in self.tier.slots_in(extent):
+                if self.tier.state[slot] == SlotState.READY:
+                    self.evict(slot)
+                self._offsets[slot] = ABSENT
             self.tier.retire(extent)
+        self.table.flush()
         self._restore_reserves()
-        return self.tier.slab.drop(chunk)
 
-    def _slots_of(self, chunk: int) -> list[int]:
-        extents = self.tier.slab.extents_of(chunk)
-        return [slot for extent in extents for slot in self.tier.slots_in(extent)]
+    def revive(self, extents: Iterable[int]) -> None:
+        """Use `extents` again, which have memory again; no lookup may be under way.
 
-    def _can_drop(self, chunk: int) -> bool:
-        slots = self._slots_of(chunk)
-        lost = np.bincount(self.tier.record_class[slots], minlength=len(self._least))
-        enough = all(
-            self.tier.num_slots_of(record_class) - lost[record_class] > self._least[record_class]
-            for record_class in np.flatnonzero(lost).tolist()
-        )
-        return enough and not self.tier.leases[slots].any()
-
-    def _chunk_worth(self, chunk: int) -> float:
-        owners = self.tier.owner[self._slots_of(chunk)]
-        held = owners[owners != NOBODY]
-        return float(self._placement.policy.worth(held, self._placement.step).sum())
+        Offsets change where the memory came below what was the slab's base.
+        """
+        tier = self.tier
+        for extent in extents:
+            tier.revive(extent)
+        for slot in np.flatnonzero(tier.state != SlotState.RETIRED).tolist():
+            self._offsets[slot] = tier.slab.offset(tier.memory(slot))
+        for expert in np.flatnonzero(self.slot_of != NOBODY).tolist():
+            self.table.set(expert, self._offsets[self.slot_of[expert]])
+        self.table.flush()
+        self._restore_reserves()
 
     def _restore_reserves(self) -> None:
         for record_class in range(len(self.reserve)):
@@ -302,7 +292,7 @@ class VramSlots:
         proven = np.flatnonzero(self.proven_experts).tolist()
         assert sorted(tier.owner[tier.proven].tolist()) == proven, "proven differ"
         for record_class, reserve in enumerate(self.reserve):
-            assert reserve >= min(self._least[record_class], tier.num_slots_of(record_class))
+            assert reserve >= min(self.least[record_class], tier.num_slots_of(record_class))
             assert self.slack(record_class) >= 0, "less than the reserve is free or unproven"
         self.table.check_integrity()
 

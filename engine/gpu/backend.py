@@ -1,13 +1,15 @@
 """A model on a GPU: resident weights and hot experts in VRAM, the other experts in pinned RAM.
 
 Memory is taken in this order, so that what is left for experts is known and not guessed: resident
-weights, the key-value cache of the whole context, a prompt's workspace (measured by a forward pass
-without experts), then the hot tier.
+weights, the key-value cache of a short context, a prompt's workspace (measured by forward passes
+without experts), then the hot tier, which gives back what a longer context needs (see
+`tierrun.engine.gpu.room`).
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +20,14 @@ from tierrun.engine.backend import chosen_reader, open_queue
 from tierrun.engine.context import Context
 from tierrun.engine.gpu import compiling
 from tierrun.engine.gpu.attention import ATTENTION
-from tierrun.engine.gpu.cache import FixedCache, GrowingCache, make_cache
+from tierrun.engine.gpu.cache import LEAST_ROOM, FixedCache, GrowingCache, make_cache
 from tierrun.engine.gpu.context import DeviceContext, DeviceRunner
 from tierrun.engine.gpu.experts import DEVICE_EXPERTS, DeviceExperts, NoExperts, forget
 from tierrun.engine.gpu.hostlane import HostLane
 from tierrun.engine.gpu.norms import fuse_norms
-from tierrun.engine.gpu.routers import fuse_routers
 from tierrun.engine.gpu.ops import DECODE_TOKENS
+from tierrun.engine.gpu.room import ContextRoom
+from tierrun.engine.gpu.routers import fuse_routers
 from tierrun.engine.gpu.weights import to_device
 from tierrun.engine.kernels.cpu import CpuKernels
 from tierrun.engine.kernels.host import supported
@@ -34,6 +37,7 @@ from tierrun.engine.resident import ResidentWeights
 from tierrun.io.errors import BudgetError
 from tierrun.io.extent import format_bytes
 from tierrun.io.store import ExpertKey, RecordClass, Store
+from tierrun.tiers.arbiter import Arbiter
 from tierrun.tiers.budget import DeviceNeeds, resolve_device_vram, resolve_ram, resolve_vram
 from tierrun.tiers.copies import Copies, CudaCopies, HostCopies
 from tierrun.tiers.lanes import Cost, Lanes
@@ -41,7 +45,13 @@ from tierrun.tiers.ledger import Ledger
 from tierrun.tiers.placement import Placement
 from tierrun.tiers.policy import make_policy
 from tierrun.tiers.residency import Residency
-from tierrun.tiers.setup import DeviceTiers, device_figures, make_device_tiers, prefill_window
+from tierrun.tiers.setup import (
+    DeviceTiers,
+    device_figures,
+    make_device_tiers,
+    prefill_window,
+    spare_bytes,
+)
 from tierrun.tiers.slab import host_bytes
 from tierrun.tiers.tier import Tier
 from tierrun.tiers.vram import VramTier
@@ -52,8 +62,18 @@ _LAUNCHES = 30e-6
 """Seconds until what has been copied is computed, beside the copies themselves."""
 
 
+class _Workspace(NamedTuple):
+    """Bytes that a forward pass needs in a short context, and more per position of a longer one."""
+
+    nbytes: int
+    per_position: float = 0.0
+
+
 class GpuBackend:
-    """See `Backend`. `device` may be the CPU where kernels are interpreted (tests)."""
+    """See `Backend`. `device` may be the CPU where kernels are interpreted (tests).
+
+    The context has room for `least_room` tokens at first, and grows to `capacity`.
+    """
 
     def __init__(
         self,
@@ -63,6 +83,7 @@ class GpuBackend:
         ledger: Ledger,
         device: torch.device,
         capacity: int,
+        least_room: int = LEAST_ROOM,
     ) -> None:
         torch.set_num_threads(options.num_threads)
         self._options, self._device, self._capacity = options, device, capacity
@@ -75,13 +96,17 @@ class GpuBackend:
             resident = to_device(self.model, device)
             fused = fuse_norms(self.model), fuse_routers(self.model)
             log.debug("fused %d norms and %d routers", *fused)
-        with _room_for(f"a context of {capacity} tokens (-c)"):
-            cache, workspace = self._measured_cache()
-        workspace += self._experts_workspace(store)
+        compiles = self._compiles(store)
+        if compiles:
+            log.info("the context is allocated at once: layers are compiled for one shape of it")
+        least = capacity if compiles else min(capacity, least_room)
+        with _room_for(f"a context of {least} tokens"):
+            self._cache, measured = self._measured_cache(least)
+        workspace = measured.nbytes + self._experts_workspace(store)
         log.info(
-            "VRAM: resident weights %s, key-value cache %s for %d tokens, workspace %s",
-            *map(format_bytes, (resident, cache.nbytes)),
-            capacity,
+            "VRAM: resident weights %s, %s, workspace %s",
+            format_bytes(resident),
+            _described(self._cache, capacity),
             format_bytes(workspace),
         )
         tiers, copies = self._make_tiers(store, workspace)
@@ -104,11 +129,20 @@ class GpuBackend:
         self._runner = DeviceRunner(
             self.model,
             self.hook,
-            cache,
+            self._cache,
             device,
             graphs=options.graphs,
             compiled=self._compiled(store),
         )
+        self._room = ContextRoom(
+            self._cache,
+            self.vram,
+            Arbiter(ledger.counters),
+            self._spare_bytes(workspace, measured.per_position),
+            measured.per_position,
+            self._runner.forget_recordings,
+        )
+        self._say_longest()
 
     def _host_lane(self, ledger: Ledger, tiers: DeviceTiers) -> HostLane | None:
         """The CPU's part in what VRAM lacks, calibrated; None where it has none, said why."""
@@ -143,6 +177,7 @@ class GpuBackend:
         options, device = self._options, self._device
         cuda = device.type == "cuda"
         if cuda:
+            torch.cuda.empty_cache()  # so that each chunk of the slab is memory of its own
             needs = DeviceNeeds(0, 0, workspace)
             vram = resolve_device_vram(options.vram, device_figures(device), needs)
         else:
@@ -150,6 +185,24 @@ class GpuBackend:
         ram = resolve_ram(options.ram, 0)
         tiers = make_device_tiers(store.manifest, vram, ram, device, strict=options.strict)
         return tiers, CudaCopies(device) if cuda else HostCopies()
+
+    def _spare_bytes(self, workspace: int, per_position: float) -> Callable[[], int]:
+        """What of the device nobody needs. A CPU that stands in for one is full from the start."""
+        device, cache, vram = self._device, self._cache, self.vram
+        whole, least = vram.nbytes + cache.nbytes, cache.room
+        if device.type != "cuda":
+            return lambda: whole - vram.nbytes - cache.nbytes
+        return lambda: spare_bytes(device, workspace + int(per_position * (cache.room - least)))
+
+    def _say_longest(self) -> None:
+        longest = self._room.longest()
+        if isinstance(self._cache, FixedCache) and longest < self._capacity:
+            log.warning(
+                "of a context of %d tokens (-c) only %d fit into VRAM beside the experts of a "
+                "layer; --vram auto leaves the most",
+                self._capacity,
+                longest,
+            )
 
     def _experts_workspace(self, store: Store) -> int:
         """Bytes between the experts' two products, for a chunk of a prompt."""
@@ -164,6 +217,11 @@ class GpuBackend:
         return self.vram.nbytes
 
     @property
+    def context_bytes(self) -> int:
+        """Keys and values, with the room that they have now."""
+        return self._cache.nbytes
+
+    @property
     def warm_bytes(self) -> int:
         return self._warm.slab.nbytes
 
@@ -174,7 +232,7 @@ class GpuBackend:
 
     def context(self) -> Context:
         """See `Backend`."""
-        return DeviceContext(self._runner, self._options.ubatch, self.vram.shrink)
+        return DeviceContext(self._runner, self._options.ubatch, self._room)
 
     def warm_up(self, order: Iterable[ExpertKey]) -> None:
         """See `Backend`."""
@@ -203,18 +261,22 @@ class GpuBackend:
         self._warm.slab.release()
         forget(experts_modules(self.model).values())
 
+    def _compiles(self, store: Store) -> bool:
+        """Whether the decoder layers are to be compiled: each room of the context would be anew."""
+        choice = "off" if self._options.exact else self._options.compile
+        on_gpu = self._device.type == "cuda"
+        return on_gpu and compiling.wanted(choice, store.manifest.fingerprint)
+
     def _compiled(self, store: Store) -> compiling.CompiledLayers | None:
         """The decoder layers compiled, where that is wanted."""
-        fingerprint = store.manifest.fingerprint
-        choice = "off" if self._options.exact else self._options.compile
-        if self._device.type != "cuda" or not compiling.wanted(choice, fingerprint):
+        if not self._compiles(store):
             return None
         log.warning("compiling the model's layers; the first time takes a minute or two")
-        return compiling.CompiledLayers(self.model, fingerprint)
+        return compiling.CompiledLayers(self.model, store.manifest.fingerprint)
 
     # -- measuring ------------------------------------------------------------------------------
 
-    def _measured_cache(self) -> tuple[FixedCache | GrowingCache, int]:
+    def _measured_cache(self, least: int) -> tuple[FixedCache | GrowingCache, _Workspace]:
         """The key-value cache, allocated; and the bytes that a prompt's chunk needs beside it.
 
         In fp16, as llama.cpp keeps it, where the architecture can; else in fp32; of the model's
@@ -223,7 +285,7 @@ class GpuBackend:
         config = self.model.config
         chunk = min(self._options.ubatch, self._capacity)
         for dtype in (torch.float16, torch.float32):
-            cache = make_cache(config, self._capacity, chunk, dtype, self._device)
+            cache = make_cache(config, self._capacity, chunk, dtype, self._device, least)
             if isinstance(cache, GrowingCache):
                 break
             try:
@@ -240,18 +302,35 @@ class GpuBackend:
         grown = GrowingCache()
         return grown, self._workspace(grown, chunk)
 
-    def _workspace(self, cache: FixedCache | GrowingCache, chunk: int) -> int:
+    def _workspace(self, cache: FixedCache | GrowingCache, chunk: int) -> _Workspace:
         """Bytes that a chunk of a prompt and a token after it need, experts apart."""
         nothing = NoExperts(self.model)
         runner = DeviceRunner(self.model, nothing, cache, self._device, graphs=False)
-        cuda = self._device.type == "cuda"
+        prompt = [0] * max(1, min(chunk, self._capacity - 1))
+        nbytes = max(self._peak(runner, tokens) for tokens in (prompt, [0]))
+        per_position = self._peak_per_position(runner, prompt)
+        cache.reset()
+        return _Workspace(nbytes, per_position)
+
+    def _peak_per_position(self, runner: DeviceRunner, prompt: list[int]) -> float:
+        """How much more a chunk needs at the end of the room, by position before it."""
+        cache = runner.cache
+        if self._device.type != "cuda" or cache.room in (0, self._capacity):
+            return 0.0
+        cache.reset()
+        peaks = list[int]()
+        while cache.length + len(prompt) <= cache.room:
+            start = cache.length
+            peaks.append(self._peak(runner, prompt))
+        return max(0, peaks[-1] - peaks[0]) / max(1, start)
+
+    def _peak(self, runner: DeviceRunner, tokens: list[int]) -> int:
+        """The most bytes that a forward pass of `tokens` takes at once, besides the cache."""
+        cuda, cache = self._device.type == "cuda", runner.cache
         if cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
-        before = torch.cuda.memory_allocated(self._device) if cuda else 0
-        count = min(chunk, self._capacity - 1)
-        for tokens in ([0] * max(count, 1), [0]):
-            runner.forward(tokens, last_only=True)
-        cache.reset()
+        before = torch.cuda.memory_allocated(self._device) - cache.nbytes if cuda else 0
+        runner.forward(tokens, last_only=True)
         peak = torch.cuda.max_memory_allocated(self._device) if cuda else 0
         return max(0, peak - before - cache.nbytes)
 
@@ -260,6 +339,17 @@ def _free_slots(tier: Tier, record_class: int, count: int) -> list[torch.Tensor]
     """The memory of some slots that hold nothing yet."""
     slots = np.flatnonzero(tier.record_class == record_class)[:count]
     return [tier.memory(slot) for slot in slots.tolist()]
+
+
+def _described(cache: FixedCache | GrowingCache, capacity: int) -> str:
+    """The cache and how it goes on, for the log."""
+    if isinstance(cache, GrowingCache):
+        return "a key-value cache of the model's own"
+    held = f"key-value cache {format_bytes(cache.nbytes)} for {cache.room} tokens"
+    if cache.room == capacity:
+        return f"{held}, all of the context at once{'' if cache.has_buckets else ' (indexed)'}"
+    more = format_bytes(cache.nbytes_more(capacity))
+    return f"{held} ({more} more for all {capacity}: from the experts, when they are needed)"
 
 
 def _bytes_per_assignment(record: RecordClass) -> int:

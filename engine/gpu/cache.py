@@ -1,10 +1,13 @@
-"""The key-value cache on the device: allocated once, addressed by positions that lie there too.
+"""The key-value cache on the device: fixed addresses, and positions that lie there too.
 
 transformers' StaticCache does as much for layers of full attention; its sliding layers branch on a
 Python integer, which a CUDA graph would freeze. Here a window is a buffer somewhat longer than the
 window, whose first slot stands for the position `base`, a tensor; when it is full its last window
 is moved to the front, between two tokens. Layers of other kinds (recurrent states, convolutions,
 indexers) are transformers' own.
+
+Layers of full attention have *room* for a power of two of positions (or for all), which changes
+between two forward passes only, and then every address does: see `tierrun.engine.gpu.room`.
 
 Two modes, chosen by the caller before each forward pass: *fixed* (decode: device-side positions,
 and shapes that stay the same until the context outgrows the next power of two, as a graph wants)
@@ -20,11 +23,10 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import (
     STATIC_LAYER_TYPE_MAPPING,
     StaticIndexedLayer,
-    StaticLayer,
     get_layer_types_and_kwargs,
 )
 
-from tierrun.engine.gpu.ops import append
+from tierrun.engine.gpu.cachelayers import FullLayer, WindowLayer
 from tierrun.io.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,10 @@ _WINDOWS = ("sliding_attention", "chunked_attention")
 _CPU = torch.device("cpu")
 _LEAST_BUCKET = 512
 
+LEAST_ROOM = 2048
+"""Positions that layers of full attention have room for at the beginning. Not less than the least
+bucket: so what a pass sees, and with it every bit, does not depend on the room."""
+
 _TAKEN_OVER = {
     kind: STATIC_LAYER_TYPE_MAPPING[kind]
     for kind in ("indexed_attention", "conv", "linear_attention", "dummy")
@@ -41,80 +47,11 @@ _TAKEN_OVER = {
 """Layers of transformers' own whose decode is the same work for every token."""
 
 
-class FullLayer(StaticLayer):  # type: ignore[no-untyped-call]
-    """Keys and values of all `capacity` positions, [1, heads, capacity, dim] in `dtype`."""
-
-    def __init__(self, capacity: int, dtype: torch.dtype, position: torch.Tensor) -> None:
-        super().__init__(max_cache_len=capacity)
-        self.cumulative_length = position  # of the whole cache, which moves it between passes
-        self.kept_dtype, self.fixed, self.length = dtype, False, 0
-        self.visible = capacity
-        self.base_length = 0
-        self.base = torch.zeros_like(position)
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(
-            key_states.to(self.kept_dtype), value_states.to(self.kept_dtype)
-        )
-        torch._dynamo.mark_static_address(self.base)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append; all that may be attended to, with what is masked beyond it in fixed mode."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        if self.fixed:
-            place = self.cumulative_length, self.base
-            append(key_states, value_states, self.keys, self.values, *place)
-            return self.keys[:, :, : self.visible], self.values[:, :, : self.visible]
-        first = self.length - self.base_length
-        end = first + key_states.shape[-2]
-        self.keys[:, :, first:end] = key_states
-        self.values[:, :, first:end] = value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[Any, Any]:
-        if self.fixed:
-            return self.visible, self.base
-        return self.length - self.base_length + query_length, self.base_length
-
-    def get_seq_length(self) -> Any:
-        return self.cumulative_length if self.fixed and self.is_initialized else self.length
-
-    def make_room(self, count: int) -> None:
-        """Before a forward pass of `count` tokens; called between tokens only."""
-
-    def reset(self) -> None:
-        self.length = self.base_length = 0
-        self.base.zero_()
-
-
-class WindowLayer(FullLayer):  # type: ignore[no-untyped-call]
-    """The last `window` positions, in a buffer with room for `spare` more."""
-
-    is_sliding = True
-
-    def __init__(self, window: int, spare: int, dtype: torch.dtype, position: torch.Tensor) -> None:
-        super().__init__(window - 1 + spare, dtype, position)
-        self.window = window
-
-    def make_room(self, count: int) -> None:
-        """Move the last window to the front where `count` more tokens would not fit behind it."""
-        held = self.length - self.base_length
-        if not self.is_initialized or held + count <= self.max_cache_len:
-            return
-        kept = min(held, self.window - 1)
-        for buffer in (self.keys, self.values):
-            assert buffer is not None
-            buffer[:, :, :kept] = buffer[:, :, held - kept : held].clone()
-        self.base_length = self.length - kept
-        self.base.fill_(self.base_length)
-
-
 class FixedCache(Cache):
     """The cache of one context of at most `capacity` tokens, `chunk` at once.
+
+    It begins with room for `least_room` of them and two chunks. Indexed layers, which transformers
+    allocates, have room for all, and then the others too.
 
     Raises:
         ModelError: an architecture with layers of which transformers has no fixed-size cache.
@@ -129,14 +66,20 @@ class FixedCache(Cache):
         chunk: int,
         dtype: torch.dtype,
         device: torch.device,
+        least_room: int = LEAST_ROOM,
     ) -> None:
         self._position = torch.zeros((), dtype=torch.int64, device=device)
         make = partial(_layer, capacity=capacity, chunk=chunk, dtype=dtype, position=self._position)
         kinds, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         pairs = zip(kinds, arguments, strict=True)
         super().__init__([make(kind, given) for kind, given in pairs])
-        self.length, self.bucket, self._capacity = 0, capacity, capacity
+        self.length, self.bucket, self.capacity = 0, capacity, capacity
         self.has_buckets = not any(isinstance(layer, StaticIndexedLayer) for layer in self.layers)
+        self._ours = [layer for layer in self.layers if isinstance(layer, FullLayer)]
+        grows = self.has_buckets and any(type(layer) is FullLayer for layer in self._ours)
+        self._least_room = max(least_room, 2 * chunk) if grows else capacity
+        self.room = capacity
+        self.resize(self.room_for(0))
 
     @property
     def held(self) -> "FixedCache":
@@ -149,26 +92,48 @@ class FixedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values; 0 before the first forward pass."""
-        filled = [layer for layer in self.layers if isinstance(layer, FullLayer)]
-        tensors = [t for layer in filled for t in (layer.keys, layer.values) if t is not None]
+        tensors = [t for layer in self._ours for t in (layer.keys, layer.values) if t is not None]
         return sum(tensor.nbytes for tensor in tensors)
+
+    # -- room -----------------------------------------------------------------------------------
+
+    def room_for(self, length: int) -> int:
+        """The room with which a context of `length` tokens fits: a power of two, or all."""
+        return min(self.capacity, _power_of_two(max(self._least_room, length)))
+
+    def nbytes_more(self, room: int) -> int:
+        """Bytes more than now with this room; negative where it is less."""
+        return (room - self.room) * sum(layer.position_bytes for layer in self._ours)
+
+    @torch.no_grad()
+    def resize(self, room: int) -> None:
+        """Change the room, layer by layer; what is held stays. No recorded pass may be used again.
+
+        Raises:
+            torch.OutOfMemoryError: it can be tried again, and until then the room is as it was.
+        """
+        for layer in self._ours:
+            layer.resize(room)
+        self.room = room
+
+    # -- passes ---------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def begin(self, count: int, *, fixed: bool) -> None:
-        """A forward pass of `count` tokens follows."""
+        """A forward pass of `count` tokens follows; there is room for them."""
+        assert self.length + count <= self.room, "no room was made"
         self.bucket = self._bucket(self.length + count)
-        for layer in self.layers:
-            if isinstance(layer, FullLayer):
-                layer.make_room(count)
-                layer.fixed = fixed
-                if not isinstance(layer, WindowLayer):
-                    layer.visible = min(self.bucket, layer.max_cache_len)
+        for layer in self._ours:
+            layer.make_room(count)
+            layer.fixed = fixed
+            if not isinstance(layer, WindowLayer):
+                layer.visible = min(self.bucket, self.room)
 
     def _bucket(self, length: int) -> int:
         """How much of the buffers a fixed pass sees: shapes change each time it doubles."""
         if not self.has_buckets:
-            return self._capacity
-        return min(self._capacity, max(_LEAST_BUCKET, 1 << (length - 1).bit_length()))
+            return self.capacity
+        return min(self.capacity, _power_of_two(max(_LEAST_BUCKET, length)))
 
     def end(self, count: int) -> None:
         """It is over: `count` tokens more are held."""
@@ -177,9 +142,8 @@ class FixedCache(Cache):
     def _set_length(self, length: int) -> None:
         self.length = length
         self._position.fill_(length)
-        for layer in self.layers:
-            if isinstance(layer, FullLayer):
-                layer.length = length
+        for layer in self._ours:
+            layer.length = length
 
     @torch.inference_mode()
     def reset(self) -> None:
@@ -193,7 +157,7 @@ class GrowingCache:
     """A cache of the model's own making, for architectures that want it so; grows by copying."""
 
     fits_graphs = has_buckets = False
-    nbytes = bucket = 0
+    nbytes = bucket = room = 0
 
     def __init__(self) -> None:
         self.held: Cache | None = None
@@ -202,6 +166,17 @@ class GrowingCache:
     def keep(self, cache: Cache) -> None:
         """What the model returned."""
         self.held = cache
+
+    def room_for(self, length: int) -> int:
+        """No room of its own."""
+        return 0
+
+    def nbytes_more(self, room: int) -> int:
+        """See `FixedCache`."""
+        return 0
+
+    def resize(self, room: int) -> None:
+        """See `FixedCache`."""
 
     def begin(self, count: int, *, fixed: bool) -> None:
         """See `FixedCache`."""
@@ -221,13 +196,18 @@ def make_cache(
     chunk: int,
     dtype: torch.dtype,
     device: torch.device = _CPU,
+    least_room: int = LEAST_ROOM,
 ) -> FixedCache | GrowingCache:
     """A fixed cache, or the model's own where there is no fixed one for it; says so."""
     try:
-        return FixedCache(config, capacity, chunk, dtype, device)
+        return FixedCache(config, capacity, chunk, dtype, device, least_room)
     except ModelError as error:
         log.warning("the key-value cache grows by copying, and decode has no graphs: %s", error)
         return GrowingCache()
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 def _layer(

@@ -14,12 +14,13 @@ from tierrun.engine.gpu.compiling import CompiledLayers
 from tierrun.engine.gpu.experts import DeviceExperts, NoExperts
 from tierrun.engine.gpu.graphs import SegmentedGraph
 from tierrun.engine.gpu.ops import DECODE_TOKENS
+from tierrun.engine.gpu.room import ContextRoom
 from tierrun.io.errors import DeviceError
 
 log = logging.getLogger(__name__)
 
 _GIVEN_BACK = 256 << 20
-"""Bytes that the hot tier gives back at once when the device runs out of memory."""
+"""Bytes that are given back when the device runs out of memory; twice as many the next time."""
 
 
 class _Recording(NamedTuple):
@@ -61,6 +62,12 @@ class DeviceRunner:
     def num_segments(self) -> int:
         """Graphs per token; 0 while decode is eager."""
         return max((r.graph.num_segments for r in self._recorded.values()), default=0)
+
+    def forget_recordings(self) -> None:
+        """No pass that was recorded is replayed again: what it reads or writes has moved."""
+        self._recorded.clear()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def forward(self, tokens: Sequence[int], *, last_only: bool) -> torch.Tensor:
         """The logits after each of `tokens`, or the last: fp32 [n, vocab] on the CPU.
@@ -129,12 +136,19 @@ class DeviceContext:
     """One sequence on a runner that several take turns on.
 
     The device holds one cache: a context that comes back after another has used it computes its
-    past again, at the speed of a prompt. `shrink` takes bytes from the hot tier for the device.
+    past again, at the speed of a prompt. `room` is what it grows into.
     """
 
-    def __init__(self, runner: DeviceRunner, chunk: int, shrink: Callable[[int], int]) -> None:
-        self._runner, self._chunk, self._shrink = runner, chunk, shrink
+    def __init__(self, runner: DeviceRunner, chunk: int, room: ContextRoom) -> None:
+        self._runner, self._chunk, self._room = runner, chunk, room
         self._past: list[int] = []
+
+    def reserve(self, length: int, *, kept: int) -> None:
+        """See `tierrun.engine.context.Context`."""
+        begins = kept == 0 or self._runner.owner is not self
+        if begins and self._room.shrink_to(length):
+            self._runner.owner = None
+        self._room.grow_to(length)
 
     def forward(self, tokens: Sequence[int], *, last_only: bool) -> torch.Tensor:
         """See `tierrun.engine.context.Context`.
@@ -142,6 +156,8 @@ class DeviceContext:
         Where the device's memory runs out (another process wants it), the hot tier gives some back
         and the pass is made once more, from the beginning of the context.
         """
+        length, wanted = len(self._past) + len(tokens), _GIVEN_BACK
+        self._room.grow_to(length)
         while True:
             try:
                 if self._runner.owner is not self:
@@ -149,12 +165,13 @@ class DeviceContext:
                 logits = self._runner.forward(tokens, last_only=last_only)
             except torch.OutOfMemoryError as error:
                 self._runner.owner = None
-                if not self._shrink(_GIVEN_BACK):
+                if not self._room.relieve(wanted, length):
                     reason = str(error).split(". ")[0]
                     raise DeviceError(
                         f"the GPU is out of memory: {reason}; lower -c or -ub, or close what "
                         "else uses it"
                     ) from error
+                wanted *= 2
             else:
                 self._past += tokens
                 return logits

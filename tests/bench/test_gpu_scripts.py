@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tierrun.bench import devices, gpu_decode, gpu_parity, gpu_soak
+from tierrun.bench import alternation, devices, gpu_arbiter, gpu_decode, gpu_parity, gpu_soak
+from tierrun.bench.alternation import Turn, domain_stream
 from tierrun.bench.devices import Setting, budget, bytes_per_token
 from tierrun.bench.gpu_parity import Workers
 from tierrun.bench.gpu_soak import Look, Soak
@@ -94,6 +95,73 @@ def test_soak_says_what_grew() -> None:
         "the logits changed by 0.0001",
     ]
     assert gpu_soak.faults(done, 1 << 30, exact=False) == []
+
+
+def test_soak_of_contexts_in_turn(synthetic: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_soak.main(
+        synthetic / "store",
+        "cpu",
+        "10%experts",
+        "50%experts",
+        contexts="12,40",
+        answer=4,
+        seconds=4,
+    )
+    last = last_document(capsys)
+    turns = last["turns"]
+    assert isinstance(turns, list) and len(turns) > 5
+    assert [(t["context"], t["domain"]) for t in turns[:4]] == [(12, 0), (40, 1), (12, 2), (40, 0)]
+    assert last["integrity_checks"] == 4 * len(turns)
+    assert last["logits_error"] == 0.0 and last["faults"] == []
+
+
+@pytest.mark.parametrize("contexts", ["long", "64,2048"])
+def test_contexts_that_make_no_sense_are_refused(contexts: str) -> None:
+    with pytest.raises(UsageError, match="--contexts"):
+        gpu_soak.main(Path("."), "cpu", contexts=contexts)
+
+
+def test_domains_share_no_token() -> None:
+    streams = [set(domain_stream(5000, 100, domain, 3)) for domain in range(3)]
+    assert not (streams[0] & streams[1] or streams[1] & streams[2] or streams[0] & streams[2])
+    assert max(max(stream) for stream in streams) < 100
+    assert len(domain_stream(5000, 100, 1, 3)) == 5000
+
+
+def test_contexts_of_one_length_are_compared_with_each_other() -> None:
+    sizes = [(8, 1), (64, 9), (8, 3), (64, 9), (8, 3), (64, 9), (8, 40)]
+    turns = [Turn(context, 0, 1.0, {"pinned": size << 20, "rss": 0}) for context, size in sizes]
+    assert alternation.growth(turns, 8) == {"pinned": 37 << 20, "rss": 0}
+    assert alternation.faults(turns, (8, 64), 32 << 20) == [
+        "pinned grew by 37.0 MiB from one context of 8 to another"
+    ]
+    assert "too few contexts of 64" in alternation.faults(turns[:4], (64,), 1)[0]
+
+
+def test_arbiter(synthetic: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_arbiter.main(
+        synthetic / "store", "cpu", "10%experts", "50%experts", context=48, decoded=4, ubatch=16
+    )
+    last = last_document(capsys)
+    stages = last["stages"]
+    assert isinstance(stages, list)
+    assert [(stage["name"], stage["tokens"]) for stage in stages] == [
+        ("short", 24),
+        ("grows", 48),
+        ("short again", 24),
+    ]
+    assert last["said"] == last["faults"] == []
+
+
+def test_arbiter_says_what_did_not_change_hands() -> None:
+    def stages(*sizes: int) -> list[gpu_arbiter.Stage]:
+        return [gpu_arbiter.Stage("", 1, 0.0, 0.0, {"experts": size << 30}) for size in sizes]
+
+    assert gpu_arbiter.faults(stages(8, 6, 8)) == []
+    assert gpu_arbiter.faults(stages(8, 8, 8)) == [
+        "the experts gave nothing: ask for a smaller --card"
+    ]
+    assert gpu_arbiter.faults(stages(8, 6, 7)) == ["the experts regained 7.00 GiB of 8.00 GiB"]
 
 
 CPU = Setting("cpu", vram="50%experts", ram="1GiB", context=256)

@@ -13,6 +13,7 @@ from tierrun.bench import (
     decode,
     fio,
     gds,
+    gpu_arbiter,
     gpu_decode,
     gpu_parity,
     gpu_soak,
@@ -33,6 +34,7 @@ from tierrun.io.store import Store
 MAINS: dict[str, Callable[..., None]] = {
     "decode": decode.main,
     "gds": gds.main,
+    "gpu_arbiter": gpu_arbiter.main,
     "gpu_decode": gpu_decode.main,
     "gpu_parity": gpu_parity.main,
     "gpu_soak": gpu_soak.main,

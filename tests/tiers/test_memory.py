@@ -97,6 +97,12 @@ def test_a_chunk_is_dropped_with_its_extents_but_never_the_base() -> None:
         assert slab.drop(chunk) == sizes[chunk]
     assert slab.nbytes == 5 * PAGE - sum(sizes.values()) == len(slab.base)
     assert slab.droppable == []
+    assert sorted(slab.dropped) == sorted(sizes)
+    for chunk, nbytes in sizes.items():
+        slab.restore(chunk)
+        assert slab.nbytes_of(chunk) == nbytes
+    assert slab.nbytes == 5 * PAGE and slab.dropped == []
+    assert all(slab.offset(slab.view(extent, 0, PAGE)) >= 0 for extent in range(5))
 
 
 @on_cuda

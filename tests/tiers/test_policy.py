@@ -46,6 +46,25 @@ def test_lru_ranks_by_the_last_use(history: list[tuple[int, set[int]]], later: i
             assert (ranked[a] < ranked[b]) == (last[a] < last[b])
 
 
+@pytest.mark.parametrize("policy", [Lru(NUM_EXPERTS), Lfru(NUM_EXPERTS, HALF_LIFE)])
+@given(histories, st.integers(0, 50))
+def test_rates_are_shares_of_steps(
+    policy: Policy, history: list[tuple[int, set[int]]], later: int
+) -> None:
+    fresh = type(policy)(NUM_EXPERTS)
+    step, uses = replay(fresh, history)
+    rates = fresh.rate(np.arange(NUM_EXPERTS), step + later).tolist()
+    assert all(0 <= rate <= 1 for rate in rates)
+    assert [rate > 0 for rate in rates] == [bool(steps) for steps in uses]
+
+
+def test_lfru_finds_how_often_an_expert_is_used() -> None:
+    policy = Lfru(NUM_EXPERTS)
+    for step in range(3000):
+        policy.used(np.array([0, *([1] if step % 4 == 0 else [])]), step)
+    assert policy.rate(np.arange(3), 2999).tolist() == pytest.approx([1.0, 0.25, 0.0], abs=0.01)
+
+
 @given(histories.map(lambda h: [(pause + 1, experts) for pause, experts in h]), st.integers(0, 50))
 def test_lfru_is_decayed_uses_over_age(history: list[tuple[int, set[int]]], later: int) -> None:
     policy = Lfru(NUM_EXPERTS, HALF_LIFE)

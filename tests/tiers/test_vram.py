@@ -1,12 +1,12 @@
 """The hot tier in VRAM: what is copied when, what stays, and who sees it."""
 
 import ctypes
-import logging
 import random
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.fakes import FOREVER, Experts
@@ -14,10 +14,11 @@ from tests.tiers.rig import hold_all, let_go
 from tests.tiers.streams import FakeStreams
 from tests.tiers.vramrig import KINDS, VramRig, make_vram
 
-from tierrun.io.errors import ReadError
+from tierrun.io.errors import BudgetError, ReadError
 from tierrun.io.extent import PAGE
 from tierrun.io.store import ExpertKey
 from tierrun.tiers.copies import Copy, HostCopies, Pairs
+from tierrun.tiers.memory import OrdinaryMemory
 from tierrun.tiers.residency import Held
 from tierrun.tiers.tier import SlotState
 from tierrun.tiers.transfers import worth_demoting
@@ -546,17 +547,14 @@ def test_warming_up_fills_vram_in_the_order_given(kind: str) -> None:
 
 
 @kinds
-def test_memory_is_given_back_in_chunks_and_decode_goes_on(
-    kind: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_memory_is_given_back_in_chunks_and_decode_goes_on(kind: str) -> None:
     with make_vram(kind, layers=WIDE, vram=(8,), warm=(12,)) as it:
         learn(it, 0, *range(8))
         base = it.vram.base.data_ptr()
-        with caplog.at_level(logging.WARNING, "tierrun"):
-            assert it.vram.shrink(1) == 2 * PAGE
-            assert it.vram.shrink(3 * PAGE) == 2 * PAGE, "two more would leave too few"
-            assert it.vram.shrink(PAGE) == 0
-        assert len(caplog.records) == 1 and "gave 8.0 KiB back" in caplog.text
+        assert it.vram.chunks.can_drop == 4 * PAGE
+        assert it.vram.shrink(1) == 2 * PAGE
+        assert it.vram.shrink(3 * PAGE) == 2 * PAGE, "two more would leave too few"
+        assert it.vram.shrink(PAGE) == it.vram.chunks.can_drop == 0
         assert it.vram.nbytes == 4 * PAGE and it.vram.base.data_ptr() == base
         it.check_idle()
         assert len(it.here(0)) <= 4
@@ -589,6 +587,74 @@ def test_the_chunk_worth_least_goes() -> None:
             step(it, 0, *[e for e in range(8) if e not in poor][4:6])
         it.vram.shrink(1)
         assert it.here(0) == set(range(8)) - set(poor)
+
+
+@kinds
+def test_memory_that_was_given_is_taken_again_and_used(kind: str) -> None:
+    with make_vram(kind, layers=WIDE, vram=(8,), warm=(12,)) as it:
+        learn(it, 0, *range(8))
+        assert it.vram.shrink(1 << 40) == 4 * PAGE
+        assert it.vram.grow(PAGE) == 0, "less than a chunk"
+        assert it.vram.grow(3 * PAGE) == 2 * PAGE
+        it.check_idle()
+        assert it.vram.grow(1 << 40) == 2 * PAGE and it.vram.nbytes == 8 * PAGE
+        it.check_idle()
+        learn(it, 0, *range(8))
+        assert it.here(0) >= set(range(7))
+        assert it.vram.grow(1 << 40) == 0, "the budget is an upper bound"
+
+
+class SinkingMemory(OrdinaryMemory):
+    """Every allocation is below those before, until `refused`."""
+
+    def __init__(self) -> None:
+        self._whole = super().allocate(64 * PAGE)
+        self._end, self.refused = len(self._whole), False
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        if self.refused:
+            raise BudgetError("no more")
+        self._end -= nbytes
+        return self._whole[self._end : self._end + nbytes]
+
+
+def test_memory_that_comes_below_the_base_changes_every_offset() -> None:
+    with make_vram(layers=WIDE, vram=(8,), warm=(12,), memory=SinkingMemory()) as it:
+        learn(it, 0, *range(8))
+        it.vram.shrink(1)
+        base = it.vram.base.data_ptr()
+        before = dict(zip(range(8), it.mirror(0, range(8)), strict=True))
+        assert it.vram.grow(2 * PAGE) == 2 * PAGE
+        assert it.vram.base.data_ptr() == base - 2 * PAGE
+        moved = [(before[e], now) for e, now in enumerate(it.mirror(0, range(8))) if now >= 0]
+        assert moved and all(now == old + 2 * PAGE for old, now in moved)
+        it.check_idle()
+        learn(it, 0, *range(8))
+
+
+def test_memory_that_is_refused_is_not_taken() -> None:
+    memory = SinkingMemory()
+    with make_vram(layers=WIDE, vram=(8,), warm=(12,), memory=memory) as it:
+        learn(it, 0, *range(8))
+        it.vram.shrink(1)
+        memory.refused = True
+        assert it.vram.grow(2 * PAGE) == 0
+        it.check_idle()
+
+
+def test_what_is_here_and_what_is_not_are_told_in_bytes_per_token() -> None:
+    with make_vram(layers=WIDE, vram=(8,), warm=(12,)) as it:
+        chunks = it.vram.chunks
+        assert chunks.traffic == chunks.traffic_of_more(1 << 40) == 0.0
+        for _ in range(400):
+            step(it, 0, 0, 1)
+        assert chunks.traffic == pytest.approx(2 * PAGE, rel=1e-2)
+        assert chunks.traffic_of_more(1 << 40) == pytest.approx(0, abs=1)
+        for expert in (0, 1):
+            it.vram.slots.evict(it.vram.slots.slot_of[expert])
+        it.vram.slots.table.flush()
+        assert chunks.traffic_of_more(PAGE) == pytest.approx(PAGE, rel=1e-2)
+        assert chunks.traffic_of_more(9 * PAGE) == pytest.approx(2 * PAGE, rel=1e-2)
 
 
 # -- the policy ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Whatever is fetched, streamed, slow, failing, given up or shrunk: the invariants hold in VRAM."""
+"""Whatever is fetched, streamed, slow, failing, given up or resized: VRAM keeps its invariants."""
 
 import random
 from collections import Counter
@@ -17,6 +17,7 @@ from tierrun.io.errors import CorruptError, ReadError
 from tierrun.io.extent import PAGE
 from tierrun.io.store import ExpertKey
 from tierrun.tiers.copies import Copies, CudaCopies, HostCopies
+from tierrun.tiers.tier import NOBODY
 
 LAYERS = (Experts(6, 2, pages=2), Experts(5, 2, pages=3), Experts(6, 2, pages=2))
 """Two record classes, one slot per extent for both; two and three parts per record."""
@@ -190,7 +191,20 @@ class VramMachine(RuleBasedStateMachine):
 
     @rule(nbytes=st.sampled_from([1, 6 * PAGE]))
     def shrink(self, nbytes: int) -> None:
-        self.it.vram.shrink(nbytes)
+        can_give, before = self.it.vram.chunks.can_drop, self.it.vram.nbytes
+        given = self.it.vram.shrink(nbytes)
+        assert self.it.vram.nbytes == before - given
+        assert (given == 0) == (can_give == 0)
+
+    @rule(nbytes=st.sampled_from([PAGE, 6 * PAGE, 1 << 40]))
+    def grow(self, nbytes: int) -> None:
+        """What is here stays, byte for byte, wherever the memory comes from."""
+        self.it.vram.abandon()
+        here, before = self.it.vram.slots.slot_of.copy(), self.it.vram.nbytes
+        taken = self.it.vram.grow(nbytes)
+        assert taken <= nbytes and self.it.vram.nbytes == before + taken <= self.budget
+        held = here != NOBODY  # what was on its way up may have come meanwhile
+        assert (self.it.vram.slots.slot_of[held] == here[held]).all()
 
     @rule(order=st.lists(st.tuples(layers, st.integers(0, 4)), max_size=8))
     def warm_up(self, order: list[tuple[int, int]]) -> None:

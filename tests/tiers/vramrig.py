@@ -13,7 +13,7 @@ from tests.tiers.streams import FakeStreams
 
 from tierrun.io.store import ExpertKey
 from tierrun.tiers.copies import Copies, CudaCopies, HostCopies
-from tierrun.tiers.memory import DeviceMemory
+from tierrun.tiers.memory import DeviceMemory, Memory
 from tierrun.tiers.slab import Slab
 from tierrun.tiers.tier import NOBODY, SlotState, Tier
 from tierrun.tiers.vram import Arrival, Choose, VramTier
@@ -188,12 +188,13 @@ def make_vram(
     depth: int = 2,
     window: int = 1,
     chunks: int = 4,
+    memory: Memory | None = None,
 ) -> Iterator[VramRig]:
     """Slots per record class in each tier, as in `make_rig`."""
     made = make_copies(copies) if isinstance(copies, str) else copies
     with make_rig(hot=[0] * len(warm), warm=warm, layers=layers, policy=policy, depth=depth) as rig:
         sizes = rig.placement.warm.record_bytes
-        slab = Slab(sum(vram), max(sizes), DeviceMemory(device_of(made)), chunks)
+        slab = Slab(sum(vram), max(sizes), memory or DeviceMemory(device_of(made)), chunks)
         tier = Tier("vram", slab, sizes)
         classes = [number for number, count in enumerate(vram) for _ in range(count)]
         for extent, record_class in enumerate(classes):
