@@ -30,7 +30,6 @@ from tierrun.engine.kernels.geometry import (
     ROW,
     SCALE,
     SCALE_2,
-    SPAN,
     UNITS,
     ZERO,
     Geometry,
@@ -89,9 +88,7 @@ class Tile:
         group = I64(0) if per == ROW else self.builder.udiv(k, I64(per))
         unit = self.builder.lshr(group, I64(1)) if name == "u4" else group
         element, nbytes = _ELEMENTS[name]
-        stored = self.element(
-            self.M[which + OFFSET], self.M[which + UNITS], unit, element, nbytes
-        )
+        stored = self.element(self.M[which + OFFSET], self.M[which + UNITS], unit, element, nbytes)
         return self._decoded(name, stored, group)
 
     def _decoded(self, name: str, stored, group):

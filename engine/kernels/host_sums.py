@@ -5,7 +5,6 @@ Everything is fp32 from the number on. A row's sum with one token is taken in on
 the geometry: whatever else is computed beside it, the bits are the same.
 """
 
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic

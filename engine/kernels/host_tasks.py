@@ -12,7 +12,9 @@ the sources that emit code, which numba does not watch.
 """
 
 import hashlib
+import logging
 import math
+import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +40,8 @@ from tierrun.engine.kernels.native import (
 )
 from tierrun.engine.kernels.workers import rest
 
+log = logging.getLogger(__name__)
+
 FIRST, DOWN, RECORDS, FIRST_TASKS, DOWN_TASKS = 0, 8, 16, 24, 32
 HIDDEN, OUT, INNER, INNER_STRIDE = 40, 48, 56, 64
 TABLE = 72
@@ -55,17 +59,17 @@ sorted assignments, a pair each: assignment, token."""
 _TILE_BYTES = 4 * TILE_ROWS * TOGETHER
 _FIRST_BYTES, _INPUT_BYTES = 3 * _TILE_BYTES, 8 * TOGETHER
 _NONE, _SILU, _GELU_TANH, _GELU, _GPT_OSS = range(len(GATES))
+_BF16, _F16, _F32 = _g.BF16, _g.F16, _g.F32
 _ONE, _ZERO, _HALF = np.float32(1), np.float32(0), np.float32(0.5)
-_TWO_OVER_PI, _CUBIC = np.float32(0.7978845608028654), np.float32(0.044715)
+_ROOT_TWO_OVER_PI, _CUBIC = np.float32(0.7978845608028654), np.float32(0.044715)
 _ROOT_HALF = np.float32(0.7071067811865476)
 
 
 class Tasks(NamedTuple):
-    """Compiled functions of a layout, whether one had to be compiled, and tiles of each product."""
+    """Compiled functions of a layout, by address, and tiles of each product; `keep` owns them."""
 
     first: int
     down: int
-    fresh: bool
     first_tiles: int
     down_tiles: int
     keep: tuple[Any, ...]
@@ -74,14 +78,17 @@ class Tasks(NamedTuple):
 @lru_cache
 def tasks(first: Operand, down: Operand, gate: Gate) -> Tasks:
     """Compile, or take from disk, what computes records of a layout."""
-    inner, outer = first.matrix[_g.ROWS] // 2, down.matrix[_g.ROWS]
+    started = time.perf_counter()
     functions = (_cached(_first, *_place(first), *_gate(gate)), _cached(_down, *_place(down)))
+    if any(function.cache_hits == 0 for function in functions):
+        seconds = time.perf_counter() - started
+        log.info("compiled the CPU's kernels for a layout of experts in %.1f s; kept", seconds)
+    halves, rows = first.matrix[_g.ROWS] // 2, down.matrix[_g.ROWS]
     return Tasks(
         functions[0].address,
         functions[1].address,
-        any(function.cache_hits == 0 for function in functions),
-        -(-inner // TILE_ROWS),
-        -(-outer // TILE_ROWS),
+        -(-halves // TILE_ROWS),
+        -(-rows // TILE_ROWS),
         functions,
     )
 
@@ -121,53 +128,40 @@ def _first(
     ALPHA: float,
     LIMIT: float,
 ) -> Any:
-    """32 rows of gate and up, and the activation, for a record's tokens."""
+    """32 gates and ups, and the activation, for a record's tokens.
+
+    Gates and ups are rows by turns, or lie APART: then ups may begin within a tile, and 32 of them
+    be in two tiles. UP is where they begin among the rows of all PARTS (tiles) computed.
+    """
     INPUTS, WIDTH = M[_g.COLUMNS], M[_g.ROWS] // 2
     TILES = -(-M[_g.ROWS] // TILE_ROWS)
-    SKEW = 0 if INTERLEAVED else WIDTH % TILE_ROWS
+    STEP, APART, FAR, UP, PARTS = 2, 1, 1, 1, 2
+    if not INTERLEAVED:
+        FAR, SKEW = divmod(WIDTH, TILE_ROWS)
+        STEP, APART, UP, PARTS = 1, WIDTH, TILE_ROWS + SKEW, 3 if SKEW else 2
 
     def first(job, record, tile):
         row = word(job + TABLE) + record * TABLE_ROW
-        base = word(row + ADDRESS)
-        begin, end = word(row + BEGIN), word(row + END)
-        pairs = word(job + TABLE) + word(job + RECORDS) * TABLE_ROW
+        base, end = word(row + ADDRESS), word(row + END)
         inputs, sums = stack(_INPUT_BYTES), stack(_FIRST_BYTES)
-        rows = min(TILE_ROWS, WIDTH - TILE_ROWS * tile)
-        for start in range(begin, end, TOGETHER):
+        for start in range(word(row + BEGIN), end, TOGETHER):
             count = min(TOGETHER, end - start)
-            for i in range(TOGETHER):
-                token = word(pairs + 16 * (start + min(i, count - 1)) + 8)
-                put_word(inputs + 8 * i, word(job + HIDDEN) + 4 * INPUTS * token)
-            for i in range(3 if SKEW else 2):
-                # gates, then the one or two tiles that their ups are in; or both by turns
-                if INTERLEAVED:
-                    number = 2 * tile + i
-                elif i == 0:
-                    number = tile
-                else:
-                    number = WIDTH // TILE_ROWS + tile + i - 1
+            _find_hidden(job, start, count, 4 * INPUTS, inputs)
+            for part in range(PARTS):
+                number = STEP * tile + (FAR + part - 1 if part else 0)
                 if number < TILES:
-                    place = sums + i * _TILE_BYTES
+                    place = sums + part * _TILE_BYTES
                     tile_sums(M, base + OFFSET, number, count, inputs, place)
             for i in range(count):
                 to = word(job + INNER) + (start + i) * word(job + INNER_STRIDE)
-                to += 4 * TILE_ROWS * tile
-                for r in range(rows):
-                    if INTERLEAVED:
-                        at_gate, at_up = 2 * r, 2 * r + 1
-                        row_gate = 2 * (TILE_ROWS * tile + r)
-                        row_up = row_gate + 1
-                    else:
-                        at_gate, at_up = r, TILE_ROWS + SKEW + r
-                        row_gate = TILE_ROWS * tile + r
-                        row_up = WIDTH + row_gate
-                    gate, up = _sum(sums, i, at_gate), _sum(sums, i, at_up)
-                    if BIAS:
-                        size = 4 if BIAS == _g.F32 else 2
-                        gate += plain_number(BIAS, base + BIAS_OFFSET + size * row_gate)
-                        up += plain_number(BIAS, base + BIAS_OFFSET + size * row_up)
+                for r in range(min(TILE_ROWS, WIDTH - TILE_ROWS * tile)):
+                    h = TILE_ROWS * tile + r
+                    gate = _sum(sums, i, STEP * r)
+                    gate += _bias(BIAS, base + BIAS_OFFSET, STEP * h)
+                    up = _sum(sums, i, STEP * r + UP)
+                    up += _bias(BIAS, base + BIAS_OFFSET, STEP * h + APART)
                     value = _gated(gate, up, GATE, np.float32(ALPHA), np.float32(LIMIT))
-                    put_real(to + 4 * r, value)
+                    put_real(to + 4 * h, value)
 
     return first
 
@@ -178,29 +172,54 @@ def _down(M: tuple[int, ...], OFFSET: int, BIAS: int, BIAS_OFFSET: int) -> Any:
 
     def down(job, record, tile):
         row = word(job + TABLE) + record * TABLE_ROW
-        base = word(row + ADDRESS)
-        begin, end = word(row + BEGIN), word(row + END)
-        pairs = word(job + TABLE) + word(job + RECORDS) * TABLE_ROW
+        base, end = word(row + ADDRESS), word(row + END)
         inputs, sums = stack(_INPUT_BYTES), stack(_TILE_BYTES)
-        rows = min(TILE_ROWS, WIDTH - TILE_ROWS * tile)
-        for start in range(begin, end, TOGETHER):
+        for start in range(word(row + BEGIN), end, TOGETHER):
             count = min(TOGETHER, end - start)
-            for i in range(TOGETHER):
-                inner = (start + min(i, count - 1)) * word(job + INNER_STRIDE)
-                put_word(inputs + 8 * i, word(job + INNER) + inner)
+            _find_inner(job, start, count, inputs)
             tile_sums(M, base + OFFSET, tile, count, inputs, sums)
             for i in range(count):
-                assignment = word(pairs + 16 * (start + i))
-                to = word(job + OUT) + 4 * (WIDTH * assignment + TILE_ROWS * tile)
-                for r in range(rows):
-                    value = _sum(sums, i, r)
-                    if BIAS:
-                        size = 4 if BIAS == _g.F32 else 2
-                        place = BIAS_OFFSET + size * (TILE_ROWS * tile + r)
-                        value += plain_number(BIAS, base + place)
-                    put_real(to + 4 * r, value)
+                to = word(job + OUT) + 4 * WIDTH * word(_pair(job, start + i))
+                for r in range(min(TILE_ROWS, WIDTH - TILE_ROWS * tile)):
+                    y = TILE_ROWS * tile + r
+                    value = _sum(sums, i, r) + _bias(BIAS, base + BIAS_OFFSET, y)
+                    put_real(to + 4 * y, value)
 
     return down
+
+
+@njit("int64(int64, int64)", cache=True)
+def _pair(job, place):
+    """Where the sorted assignment number `place` is: itself, then its token."""
+    return word(job + TABLE) + word(job + RECORDS) * TABLE_ROW + 16 * place
+
+
+@njit("void(int64, int64, int64, int64, int64)", cache=True)
+def _find_hidden(job, start, count, row_bytes, inputs):
+    """Put the addresses of activations for `count` assignments, the last one again, at `inputs`."""
+    for i in range(TOGETHER):
+        token = word(_pair(job, start + min(i, count - 1)) + 8)
+        put_word(inputs + 8 * i, word(job + HIDDEN) + row_bytes * token)
+
+
+@njit("void(int64, int64, int64, int64)", cache=True)
+def _find_inner(job, start, count, inputs):
+    """The same of what is between the two products."""
+    for i in range(TOGETHER):
+        row = (start + min(i, count - 1)) * word(job + INNER_STRIDE)
+        put_word(inputs + 8 * i, word(job + INNER) + row)
+
+
+@njit("float32(int64, int64, int64)", cache=True)
+def _bias(kind, address, row):
+    """Number `row` of the vector at `address`, of a dense `kind`; 0 where there is none."""
+    if kind == _BF16:
+        return plain_number(_BF16, address + 2 * row)
+    if kind == _F16:
+        return plain_number(_F16, address + 2 * row)
+    if kind == _F32:
+        return plain_number(_F32, address + 4 * row)
+    return _ZERO
 
 
 @njit("float32(int64, int64, int64)", cache=True)
@@ -221,7 +240,7 @@ def _gated(gate, up, kind, alpha, limit):
     if kind == _SILU:
         return gate * _sigmoid(gate) * up
     if kind == _GELU_TANH:
-        inner = _TWO_OVER_PI * (gate + _CUBIC * gate * gate * gate)
+        inner = _ROOT_TWO_OVER_PI * (gate + _CUBIC * gate * gate * gate)
         return gate * _sigmoid(inner + inner) * up  # (1 + tanh(v)) / 2 = sigmoid(2 v)
     if kind == _GELU:
         return _HALF * gate * (_ONE + math.erf(gate * _ROOT_HALF)) * up
@@ -255,31 +274,38 @@ def perform() -> Any:
     return cfunc("void(int64, int64)", cache=True)(_perform)
 
 
-@njit("int64(int64[::1], int64[::1], int64[::1], int64[::1])", nogil=True, cache=True)
-def arrange(addresses, tokens, which, table):
+@njit("boolean(int64[::1], int64)", cache=True)
+def _uses(which, record):
+    for found in which:
+        if found == record:
+            return True
+    return False
+
+
+@njit("int64(int64[::1], int64[::1], int64, int64[::1], int64[::1])", nogil=True, cache=True)
+def arrange(addresses, tokens, most_tokens, which, table):
     """Fill the `table` of records in use and of assignments by record; how many records are in use.
 
-    Assignments of a record stay in their order.
+    Assignments of a record stay in their order. −1 where one is of a record or a token that there
+    is not.
     """
-    used = 0
+    row = 0
+    for a in range(len(which)):
+        if not (0 <= which[a] < len(addresses) and 0 <= tokens[a] < most_tokens):
+            return -1
     for record in range(len(addresses)):
-        found = False
-        for assignment in which:
-            found |= assignment == record
-        if found:
-            table[used * (TABLE_ROW // 8)] = addresses[record]
-            table[used * (TABLE_ROW // 8) + DONE // 8] = 0
-            table[used * (TABLE_ROW // 8) + 3] = record
-            used += 1
-    place = 0
-    pairs = used * (TABLE_ROW // 8)
-    for number in range(used):
-        row = number * (TABLE_ROW // 8)
+        if _uses(which, record):
+            table[row + ADDRESS // 8], table[row + DONE // 8] = addresses[record], 0
+            row += TABLE_ROW // 8
+    used, pairs, row, place = row * 8 // TABLE_ROW, row, 0, 0
+    for record in range(len(addresses)):
+        if not _uses(which, record):
+            continue
         table[row + BEGIN // 8] = place
-        for assignment in range(len(which)):
-            if which[assignment] == table[row + 3]:
-                table[pairs + 2 * place] = assignment
-                table[pairs + 2 * place + 1] = tokens[assignment]
+        for a in range(len(which)):
+            if which[a] == record:
+                table[pairs + 2 * place], table[pairs + 2 * place + 1] = a, tokens[a]
                 place += 1
         table[row + END // 8] = place
+        row += TABLE_ROW // 8
     return used

@@ -106,9 +106,7 @@ class Lanes:
         builder, parts = self.builder, []
         numbers, words = ir.VectorType(F32, width), ir.VectorType(I32, width)
         order = [numbers, words]
-        call = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(numbers, order), name
-        )
+        call = cgutils.get_or_insert_function(builder.module, ir.FunctionType(numbers, order), name)
         table = ir.Constant(numbers, list(book))
         for first in range(0, self.count, width):
             lanes = [min(first + lane, self.count - 1) for lane in range(width)]
