@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cfunc, njit
 
+from tierrun.engine.codecs import codec, planes
 from tierrun.engine.codecs.planes import TILE_ROWS
 from tierrun.engine.kernels import geometry as _g
+from tierrun.engine.kernels import host_codes, host_sums, lanes, native, workers
 from tierrun.engine.kernels.host_sums import TOGETHER, plain_number, tile_sums
 from tierrun.engine.kernels.matmul import Operand
 from tierrun.engine.kernels.matvec import DTYPE_KINDS, GATES, Gate
@@ -107,9 +109,8 @@ def _gate(gate: Gate) -> tuple[int, bool, float, float]:
 @lru_cache
 def _digest() -> int:
     """Of the sources of all that emits or is compiled into a task."""
-    here = Path(__file__).parent
-    names = ("lanes", "host_codes", "host_sums", "native", "workers", "geometry")
-    text = b"".join((here / f"{name}.py").read_bytes() for name in names)
+    sources = (codec, planes, _g, lanes, host_codes, host_sums, native, workers)
+    text = b"".join(Path(str(module.__file__)).read_bytes() for module in sources)
     return int.from_bytes(hashlib.sha256(text).digest()[:6])
 
 
