@@ -106,9 +106,11 @@ def timed(work: Iterator[Callable[[], None]]) -> list[float]:
 
 def read_rate(memory: torch.Tensor, threads: int) -> float:
     """Bytes per second of a sum over `memory`."""
+    before, numbers = torch.get_num_threads(), memory.view(torch.float32)
     torch.set_num_threads(threads)
-    numbers = memory.view(torch.float32)
-    return len(memory) / timed(itertools.repeat(partial(_sum, numbers)))[0]
+    seconds = timed(itertools.repeat(partial(_sum, numbers)))
+    torch.set_num_threads(before)
+    return len(memory) / seconds[0]
 
 
 def _sum(numbers: torch.Tensor) -> None:

@@ -48,18 +48,18 @@ class HostExperts:
         if (reason := supported(layout)) is not None:
             raise ValueError(reason)
         # numba takes a second to import: only whoever wants kernels waits for it
-        from tierrun.engine.kernels import host_tasks, workers
+        from tierrun.engine.kernels import host_job, host_tasks, workers
 
         (first,), down = layout.first, layout.down
         self._hidden, self._inner = first.matrix[COLUMNS], down.matrix[COLUMNS]
         self._outer = down.matrix[ROWS]
         assert first.matrix[ROWS] == 2 * self._inner
         self._tasks = host_tasks.tasks(first, down, layout.gate)
-        self._host = host_tasks
+        self._host = host_job
         self._workers = workers.workers(max(1, min(threads, _cores())))
         self._table = self._inners = np.empty(0, np.int64)
-        self._job = np.zeros(host_tasks.JOB_WORDS, np.int64)
-        self._perform = host_tasks.perform().address
+        self._job = np.zeros(host_job.JOB_WORDS, np.int64)
+        self._perform = host_job.perform().address
 
     def compute(
         self,

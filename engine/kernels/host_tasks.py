@@ -1,11 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """The tasks of a layer's experts on the CPU, compiled for the geometries of their matrices.
 
-One call is one job of `workers`. Its tasks are, for each record in use, 32 rows of gate and up with
-their activation each, then, for each record again, 32 rows of down each. A task of down waits for
-its record's first tasks only, all of which were begun before it: there is no barrier, and no task
-waits for one that has not begun.
-
 Compiled code is kept on disk by numba, under the constants of a closure. Those are numbers only
 (a compiled function among them would make another key in every process); they include a digest of
 the sources that emit code, which numba does not watch.
@@ -26,37 +21,35 @@ from numba import cfunc, njit
 from tierrun.engine.codecs import codec, planes
 from tierrun.engine.codecs.planes import TILE_ROWS
 from tierrun.engine.kernels import geometry as _g
-from tierrun.engine.kernels import host_codes, host_sums, lanes, native, workers
+from tierrun.engine.kernels import (
+    host_codes,
+    host_dense,
+    host_job,
+    host_product,
+    host_sums,
+    lanes,
+    native,
+    workers,
+)
+from tierrun.engine.kernels.host_job import (
+    ADDRESS,
+    BEGIN,
+    END,
+    INNER,
+    INNER_STRIDE,
+    OUT,
+    TABLE,
+    TABLE_ROW,
+    find_hidden,
+    find_inner,
+    pair,
+)
 from tierrun.engine.kernels.host_sums import TOGETHER, plain_number, tile_sums
 from tierrun.engine.kernels.matmul import Operand
 from tierrun.engine.kernels.matvec import DTYPE_KINDS, GATES, Gate
-from tierrun.engine.kernels.native import (
-    add_atomic,
-    call_three,
-    load_atomic,
-    put_real,
-    put_word,
-    real,
-    stack,
-    word,
-)
-from tierrun.engine.kernels.workers import rest
+from tierrun.engine.kernels.native import put_real, real, stack, word
 
 log = logging.getLogger(__name__)
-
-FIRST, DOWN, RECORDS, FIRST_TASKS, DOWN_TASKS = 0, 8, 16, 24, 32
-HIDDEN, OUT, INNER, INNER_STRIDE = 40, 48, 56, 64
-TABLE = 72
-"""Bytes into a job: what computes a first task and one of down (addresses of C functions of job,
-record and tile), how many there are; addresses of the activations [T, in], of the result [A, out]
-and of scratch [A, inner], and the bytes of a row of that. At TABLE is the address of its tables."""
-JOB_WORDS = 10
-
-ADDRESS, BEGIN, END, DONE = 0, 8, 16, 64
-TABLE_ROW = 128
-"""Bytes into a record's row of the table: where it is, which of the sorted assignments are its own,
-and (on a cache line of its own) how many of its first tasks are done. After all rows there are the
-sorted assignments, a pair each: assignment, token."""
 
 _TILE_BYTES = 4 * TILE_ROWS * TOGETHER
 _FIRST_BYTES, _INPUT_BYTES = 3 * _TILE_BYTES, 8 * TOGETHER
@@ -109,7 +102,8 @@ def _gate(gate: Gate) -> tuple[int, bool, float, float]:
 @lru_cache
 def _digest() -> int:
     """Of the sources of all that emits or is compiled into a task."""
-    sources = (codec, planes, _g, lanes, host_codes, host_sums, native, workers)
+    kernels = (host_codes, host_dense, host_job, host_product, host_sums, lanes, native, workers)
+    sources = (codec, planes, _g, *kernels)
     text = b"".join(Path(str(module.__file__)).read_bytes() for module in sources)
     return int.from_bytes(hashlib.sha256(text).digest()[:6])
 
@@ -147,7 +141,7 @@ def _first(
         inputs, sums = stack(_INPUT_BYTES), stack(_FIRST_BYTES)
         for start in range(word(row + BEGIN), end, TOGETHER):
             count = min(TOGETHER, end - start)
-            _find_hidden(job, start, count, 4 * INPUTS, inputs)
+            find_hidden(job, start, count, 4 * INPUTS, inputs)
             for part in range(PARTS):
                 number = STEP * tile + (FAR + part - 1 if part else 0)
                 if number < TILES:
@@ -177,38 +171,16 @@ def _down(M: tuple[int, ...], OFFSET: int, BIAS: int, BIAS_OFFSET: int) -> Any:
         inputs, sums = stack(_INPUT_BYTES), stack(_TILE_BYTES)
         for start in range(word(row + BEGIN), end, TOGETHER):
             count = min(TOGETHER, end - start)
-            _find_inner(job, start, count, inputs)
+            find_inner(job, start, count, inputs)
             tile_sums(M, base + OFFSET, tile, count, inputs, sums)
             for i in range(count):
-                to = word(job + OUT) + 4 * WIDTH * word(_pair(job, start + i))
+                to = word(job + OUT) + 4 * WIDTH * word(pair(job, start + i))
                 for r in range(min(TILE_ROWS, WIDTH - TILE_ROWS * tile)):
                     y = TILE_ROWS * tile + r
                     value = _sum(sums, i, r) + _bias(BIAS, base + BIAS_OFFSET, y)
                     put_real(to + 4 * y, value)
 
     return down
-
-
-@njit("int64(int64, int64)", cache=True)
-def _pair(job, place):
-    """Where the sorted assignment number `place` is: itself, then its token."""
-    return word(job + TABLE) + word(job + RECORDS) * TABLE_ROW + 16 * place
-
-
-@njit("void(int64, int64, int64, int64, int64)", cache=True)
-def _find_hidden(job, start, count, row_bytes, inputs):
-    """Put the addresses of activations for `count` assignments, the last one again, at `inputs`."""
-    for i in range(TOGETHER):
-        token = word(_pair(job, start + min(i, count - 1)) + 8)
-        put_word(inputs + 8 * i, word(job + HIDDEN) + row_bytes * token)
-
-
-@njit("void(int64, int64, int64, int64)", cache=True)
-def _find_inner(job, start, count, inputs):
-    """The same of what is between the two products."""
-    for i in range(TOGETHER):
-        row = (start + min(i, count - 1)) * word(job + INNER_STRIDE)
-        put_word(inputs + 8 * i, word(job + INNER) + row)
 
 
 @njit("float32(int64, int64, int64)", cache=True)
@@ -249,64 +221,3 @@ def _gated(gate, up, kind, alpha, limit):
     gate = limit if gate > limit else gate
     up = limit if up > limit else (-limit if up < -limit else up)
     return (up + _ONE) * gate * _sigmoid(alpha * gate)
-
-
-def _perform(job, task):
-    """Task number `task` of a job."""
-    records, tiles = word(job + RECORDS), word(job + FIRST_TASKS)
-    table = word(job + TABLE)
-    if task < records * tiles:
-        record = task // tiles
-        call_three(word(job + FIRST), job, record, task % tiles)
-        add_atomic(table + record * TABLE_ROW + DONE, 1)
-        return
-    task -= records * tiles
-    record = task // word(job + DOWN_TASKS)
-    looks = 0
-    while load_atomic(table + record * TABLE_ROW + DONE) < tiles:
-        looks += 1
-        rest(looks)
-    call_three(word(job + DOWN), job, record, task % word(job + DOWN_TASKS))
-
-
-@lru_cache
-def perform() -> Any:
-    """What `workers` calls for a task: a C function of a job's address and a number."""
-    return cfunc("void(int64, int64)", cache=True)(_perform)
-
-
-@njit("boolean(int64[::1], int64)", cache=True)
-def _uses(which, record):
-    for found in which:
-        if found == record:
-            return True
-    return False
-
-
-@njit("int64(int64[::1], int64[::1], int64, int64[::1], int64[::1])", nogil=True, cache=True)
-def arrange(addresses, tokens, most_tokens, which, table):
-    """Fill the `table` of records in use and of assignments by record; how many records are in use.
-
-    Assignments of a record stay in their order. −1 where one is of a record or a token that there
-    is not.
-    """
-    row = 0
-    for a in range(len(which)):
-        if not (0 <= which[a] < len(addresses) and 0 <= tokens[a] < most_tokens):
-            return -1
-    for record in range(len(addresses)):
-        if _uses(which, record):
-            table[row + ADDRESS // 8], table[row + DONE // 8] = addresses[record], 0
-            row += TABLE_ROW // 8
-    used, pairs, row, place = row * 8 // TABLE_ROW, row, 0, 0
-    for record in range(len(addresses)):
-        if not _uses(which, record):
-            continue
-        table[row + BEGIN // 8] = place
-        for a in range(len(which)):
-            if which[a] == record:
-                table[pairs + 2 * place], table[pairs + 2 * place + 1] = a, tokens[a]
-                place += 1
-        table[row + END // 8] = place
-        row += TABLE_ROW // 8
-    return used
