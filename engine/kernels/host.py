@@ -4,11 +4,9 @@ Weights are unpacked in registers; nothing is expanded, copied or allocated. Act
 are fp32. Compiled by numba for the machine at hand, for one layout at a time, and kept on disk.
 """
 
-import logging
 import os
 import platform
 import sys
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,8 +16,6 @@ from numpy.typing import NDArray
 from tierrun.engine.gpu.layout import ExpertLayout
 from tierrun.engine.kernels.geometry import COLUMNS, ROWS
 from tierrun.io.extent import align_up
-
-log = logging.getLogger(__name__)
 
 _MACHINES = ("x86_64", "aarch64")
 _ALIGNMENT = 64
@@ -51,21 +47,19 @@ class HostExperts:
         """
         if (reason := supported(layout)) is not None:
             raise ValueError(reason)
-        started = time.perf_counter()
         # numba takes a second to import: only whoever wants kernels waits for it
-        from tierrun.engine.kernels import host_tasks, workers
+        from tierrun.engine.kernels import host_job, host_tasks, workers
 
         (first,), down = layout.first, layout.down
         self._hidden, self._inner = first.matrix[COLUMNS], down.matrix[COLUMNS]
         self._outer = down.matrix[ROWS]
         assert first.matrix[ROWS] == 2 * self._inner
         self._tasks = host_tasks.tasks(first, down, layout.gate)
-        self._host = host_tasks
+        self._host = host_job
         self._workers = workers.workers(max(1, min(threads, _cores())))
         self._table = self._inners = np.empty(0, np.int64)
-        self._job = np.zeros(host_tasks.JOB_WORDS, np.int64)
-        self._perform = host_tasks.perform().address
-        _say(time.perf_counter() - started, self._tasks.fresh)
+        self._job = np.zeros(host_job.JOB_WORDS, np.int64)
+        self._perform = host_job.perform().address
 
     def compute(
         self,
@@ -75,11 +69,14 @@ class HostExperts:
         which: NDArray[np.int64],
         out: NDArray[np.float32],
     ) -> None:
-        """Assignment a: `records[which[a]]` applied to `hidden[tokens[a]]` into `out[a]`, unweighted.
+        """Apply `records[which[a]]` to `hidden[tokens[a]]` into `out[a]`, unweighted, for each a.
 
         `records` are uint8 host tensors, each one expert's record (as in its slot, 64-byte
         aligned); `hidden` is [T, H], `out` [A, H]. A row of `out` depends on its record and its row
         of `hidden` only: whatever else is computed, and by how many threads, the bits are the same.
+
+        Raises:
+            IndexError: an assignment is of no record, or of no token.
         """
         assert hidden.shape[1] == self._hidden and out.shape == (len(which), self._outer)
         assert hidden.flags.c_contiguous and out.flags.c_contiguous
@@ -87,7 +84,9 @@ class HostExperts:
         addresses = np.array([record.data_ptr() for record in records], np.int64)
         assert not (addresses % _ALIGNMENT).any()
         stride = self._reserve(len(records), len(which))
-        used = self._host.arrange(addresses, tokens, which, self._table)
+        used = self._host.arrange(addresses, tokens, len(hidden), which, self._table)
+        if used < 0:
+            raise IndexError(f"no such record among {len(records)}, or token among {len(hidden)}")
         found = self._tasks
         self._job[:] = (
             *(found.first, found.down, used, found.first_tiles, found.down_tiles),
@@ -111,8 +110,3 @@ class HostExperts:
 def _cores() -> int:
     """Those that this process may run on."""
     return len(os.sched_getaffinity(0))
-
-
-def _say(seconds: float, fresh: bool) -> None:
-    if fresh:
-        log.info("compiled the CPU's kernels of a layout in %.1f s (they are kept)", seconds)

@@ -1,18 +1,15 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """The tasks of a layer's experts on the CPU, compiled for the geometries of their matrices.
 
-One call is one job of `workers`. Its tasks are, for each record in use, 32 rows of gate and up with
-their activation each, then, for each record again, 32 rows of down each. A task of down waits for
-its record's first tasks only, all of which were begun before it: there is no barrier, and no task
-waits for one that has not begun.
-
 Compiled code is kept on disk by numba, under the constants of a closure. Those are numbers only
 (a compiled function among them would make another key in every process); they include a digest of
 the sources that emit code, which numba does not watch.
 """
 
 import hashlib
+import logging
 import math
+import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -21,51 +18,53 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import cfunc, njit
 
+from tierrun.engine.codecs import codec, planes
 from tierrun.engine.codecs.planes import TILE_ROWS
 from tierrun.engine.kernels import geometry as _g
+from tierrun.engine.kernels import (
+    host_codes,
+    host_dense,
+    host_job,
+    host_product,
+    host_sums,
+    lanes,
+    native,
+    workers,
+)
+from tierrun.engine.kernels.host_job import (
+    ADDRESS,
+    BEGIN,
+    END,
+    INNER,
+    INNER_STRIDE,
+    OUT,
+    TABLE,
+    TABLE_ROW,
+    find_hidden,
+    find_inner,
+    pair,
+)
 from tierrun.engine.kernels.host_sums import TOGETHER, plain_number, tile_sums
 from tierrun.engine.kernels.matmul import Operand
 from tierrun.engine.kernels.matvec import DTYPE_KINDS, GATES, Gate
-from tierrun.engine.kernels.native import (
-    add_atomic,
-    call_three,
-    load_atomic,
-    put_real,
-    put_word,
-    real,
-    stack,
-    word,
-)
-from tierrun.engine.kernels.workers import rest
+from tierrun.engine.kernels.native import put_real, real, stack, word
 
-FIRST, DOWN, RECORDS, FIRST_TASKS, DOWN_TASKS = 0, 8, 16, 24, 32
-HIDDEN, OUT, INNER, INNER_STRIDE = 40, 48, 56, 64
-TABLE = 72
-"""Bytes into a job: what computes a first task and one of down (addresses of C functions of job,
-record and tile), how many there are; addresses of the activations [T, in], of the result [A, out]
-and of scratch [A, inner], and the bytes of a row of that. At TABLE is the address of its tables."""
-JOB_WORDS = 10
-
-ADDRESS, BEGIN, END, DONE = 0, 8, 16, 64
-TABLE_ROW = 128
-"""Bytes into a record's row of the table: where it is, which of the sorted assignments are its own,
-and (on a cache line of its own) how many of its first tasks are done. After all rows there are the
-sorted assignments, a pair each: assignment, token."""
+log = logging.getLogger(__name__)
 
 _TILE_BYTES = 4 * TILE_ROWS * TOGETHER
 _FIRST_BYTES, _INPUT_BYTES = 3 * _TILE_BYTES, 8 * TOGETHER
 _NONE, _SILU, _GELU_TANH, _GELU, _GPT_OSS = range(len(GATES))
+_BF16, _F16, _F32 = _g.BF16, _g.F16, _g.F32
 _ONE, _ZERO, _HALF = np.float32(1), np.float32(0), np.float32(0.5)
-_TWO_OVER_PI, _CUBIC = np.float32(0.7978845608028654), np.float32(0.044715)
+_ROOT_TWO_OVER_PI, _CUBIC = np.float32(0.7978845608028654), np.float32(0.044715)
 _ROOT_HALF = np.float32(0.7071067811865476)
 
 
 class Tasks(NamedTuple):
-    """Compiled functions of a layout, whether one had to be compiled, and tiles of each product."""
+    """Compiled functions of a layout, by address, and tiles of each product; `keep` owns them."""
 
     first: int
     down: int
-    fresh: bool
     first_tiles: int
     down_tiles: int
     keep: tuple[Any, ...]
@@ -74,14 +73,17 @@ class Tasks(NamedTuple):
 @lru_cache
 def tasks(first: Operand, down: Operand, gate: Gate) -> Tasks:
     """Compile, or take from disk, what computes records of a layout."""
-    inner, outer = first.matrix[_g.ROWS] // 2, down.matrix[_g.ROWS]
+    started = time.perf_counter()
     functions = (_cached(_first, *_place(first), *_gate(gate)), _cached(_down, *_place(down)))
+    if any(function.cache_hits == 0 for function in functions):
+        seconds = time.perf_counter() - started
+        log.info("compiled the CPU's kernels for a layout of experts in %.1f s; kept", seconds)
+    halves, rows = first.matrix[_g.ROWS] // 2, down.matrix[_g.ROWS]
     return Tasks(
         functions[0].address,
         functions[1].address,
-        any(function.cache_hits == 0 for function in functions),
-        -(-inner // TILE_ROWS),
-        -(-outer // TILE_ROWS),
+        -(-halves // TILE_ROWS),
+        -(-rows // TILE_ROWS),
         functions,
     )
 
@@ -100,9 +102,9 @@ def _gate(gate: Gate) -> tuple[int, bool, float, float]:
 @lru_cache
 def _digest() -> int:
     """Of the sources of all that emits or is compiled into a task."""
-    here = Path(__file__).parent
-    names = ("lanes", "host_codes", "host_sums", "native", "workers", "geometry")
-    text = b"".join((here / f"{name}.py").read_bytes() for name in names)
+    kernels = (host_codes, host_dense, host_job, host_product, host_sums, lanes, native, workers)
+    sources = (codec, planes, _g, *kernels)
+    text = b"".join(Path(str(module.__file__)).read_bytes() for module in sources)
     return int.from_bytes(hashlib.sha256(text).digest()[:6])
 
 
@@ -121,53 +123,40 @@ def _first(
     ALPHA: float,
     LIMIT: float,
 ) -> Any:
-    """32 rows of gate and up, and the activation, for a record's tokens."""
+    """32 gates and ups, and the activation, for a record's tokens.
+
+    Gates and ups are rows by turns, or lie APART: then ups may begin within a tile, and 32 of them
+    be in two tiles. UP is where they begin among the rows of all PARTS (tiles) computed.
+    """
     INPUTS, WIDTH = M[_g.COLUMNS], M[_g.ROWS] // 2
     TILES = -(-M[_g.ROWS] // TILE_ROWS)
-    SKEW = 0 if INTERLEAVED else WIDTH % TILE_ROWS
+    STEP, APART, FAR, UP, PARTS = 2, 1, 1, 1, 2
+    if not INTERLEAVED:
+        FAR, SKEW = divmod(WIDTH, TILE_ROWS)
+        STEP, APART, UP, PARTS = 1, WIDTH, TILE_ROWS + SKEW, 3 if SKEW else 2
 
     def first(job, record, tile):
         row = word(job + TABLE) + record * TABLE_ROW
-        base = word(row + ADDRESS)
-        begin, end = word(row + BEGIN), word(row + END)
-        pairs = word(job + TABLE) + word(job + RECORDS) * TABLE_ROW
+        base, end = word(row + ADDRESS), word(row + END)
         inputs, sums = stack(_INPUT_BYTES), stack(_FIRST_BYTES)
-        rows = min(TILE_ROWS, WIDTH - TILE_ROWS * tile)
-        for start in range(begin, end, TOGETHER):
+        for start in range(word(row + BEGIN), end, TOGETHER):
             count = min(TOGETHER, end - start)
-            for i in range(TOGETHER):
-                token = word(pairs + 16 * (start + min(i, count - 1)) + 8)
-                put_word(inputs + 8 * i, word(job + HIDDEN) + 4 * INPUTS * token)
-            for i in range(3 if SKEW else 2):
-                # gates, then the one or two tiles that their ups are in; or both by turns
-                if INTERLEAVED:
-                    number = 2 * tile + i
-                elif i == 0:
-                    number = tile
-                else:
-                    number = WIDTH // TILE_ROWS + tile + i - 1
+            find_hidden(job, start, count, 4 * INPUTS, inputs)
+            for part in range(PARTS):
+                number = STEP * tile + (FAR + part - 1 if part else 0)
                 if number < TILES:
-                    place = sums + i * _TILE_BYTES
+                    place = sums + part * _TILE_BYTES
                     tile_sums(M, base + OFFSET, number, count, inputs, place)
             for i in range(count):
                 to = word(job + INNER) + (start + i) * word(job + INNER_STRIDE)
-                to += 4 * TILE_ROWS * tile
-                for r in range(rows):
-                    if INTERLEAVED:
-                        at_gate, at_up = 2 * r, 2 * r + 1
-                        row_gate = 2 * (TILE_ROWS * tile + r)
-                        row_up = row_gate + 1
-                    else:
-                        at_gate, at_up = r, TILE_ROWS + SKEW + r
-                        row_gate = TILE_ROWS * tile + r
-                        row_up = WIDTH + row_gate
-                    gate, up = _sum(sums, i, at_gate), _sum(sums, i, at_up)
-                    if BIAS:
-                        size = 4 if BIAS == _g.F32 else 2
-                        gate += plain_number(BIAS, base + BIAS_OFFSET + size * row_gate)
-                        up += plain_number(BIAS, base + BIAS_OFFSET + size * row_up)
+                for r in range(min(TILE_ROWS, WIDTH - TILE_ROWS * tile)):
+                    h = TILE_ROWS * tile + r
+                    gate = _sum(sums, i, STEP * r)
+                    gate += _bias(BIAS, base + BIAS_OFFSET, STEP * h)
+                    up = _sum(sums, i, STEP * r + UP)
+                    up += _bias(BIAS, base + BIAS_OFFSET, STEP * h + APART)
                     value = _gated(gate, up, GATE, np.float32(ALPHA), np.float32(LIMIT))
-                    put_real(to + 4 * r, value)
+                    put_real(to + 4 * h, value)
 
     return first
 
@@ -178,29 +167,32 @@ def _down(M: tuple[int, ...], OFFSET: int, BIAS: int, BIAS_OFFSET: int) -> Any:
 
     def down(job, record, tile):
         row = word(job + TABLE) + record * TABLE_ROW
-        base = word(row + ADDRESS)
-        begin, end = word(row + BEGIN), word(row + END)
-        pairs = word(job + TABLE) + word(job + RECORDS) * TABLE_ROW
+        base, end = word(row + ADDRESS), word(row + END)
         inputs, sums = stack(_INPUT_BYTES), stack(_TILE_BYTES)
-        rows = min(TILE_ROWS, WIDTH - TILE_ROWS * tile)
-        for start in range(begin, end, TOGETHER):
+        for start in range(word(row + BEGIN), end, TOGETHER):
             count = min(TOGETHER, end - start)
-            for i in range(TOGETHER):
-                inner = (start + min(i, count - 1)) * word(job + INNER_STRIDE)
-                put_word(inputs + 8 * i, word(job + INNER) + inner)
+            find_inner(job, start, count, inputs)
             tile_sums(M, base + OFFSET, tile, count, inputs, sums)
             for i in range(count):
-                assignment = word(pairs + 16 * (start + i))
-                to = word(job + OUT) + 4 * (WIDTH * assignment + TILE_ROWS * tile)
-                for r in range(rows):
-                    value = _sum(sums, i, r)
-                    if BIAS:
-                        size = 4 if BIAS == _g.F32 else 2
-                        place = BIAS_OFFSET + size * (TILE_ROWS * tile + r)
-                        value += plain_number(BIAS, base + place)
-                    put_real(to + 4 * r, value)
+                to = word(job + OUT) + 4 * WIDTH * word(pair(job, start + i))
+                for r in range(min(TILE_ROWS, WIDTH - TILE_ROWS * tile)):
+                    y = TILE_ROWS * tile + r
+                    value = _sum(sums, i, r) + _bias(BIAS, base + BIAS_OFFSET, y)
+                    put_real(to + 4 * y, value)
 
     return down
+
+
+@njit("float32(int64, int64, int64)", cache=True)
+def _bias(kind, address, row):
+    """Number `row` of the vector at `address`, of a dense `kind`; 0 where there is none."""
+    if kind == _BF16:
+        return plain_number(_BF16, address + 2 * row)
+    if kind == _F16:
+        return plain_number(_F16, address + 2 * row)
+    if kind == _F32:
+        return plain_number(_F32, address + 4 * row)
+    return _ZERO
 
 
 @njit("float32(int64, int64, int64)", cache=True)
@@ -221,7 +213,7 @@ def _gated(gate, up, kind, alpha, limit):
     if kind == _SILU:
         return gate * _sigmoid(gate) * up
     if kind == _GELU_TANH:
-        inner = _TWO_OVER_PI * (gate + _CUBIC * gate * gate * gate)
+        inner = _ROOT_TWO_OVER_PI * (gate + _CUBIC * gate * gate * gate)
         return gate * _sigmoid(inner + inner) * up  # (1 + tanh(v)) / 2 = sigmoid(2 v)
     if kind == _GELU:
         return _HALF * gate * (_ONE + math.erf(gate * _ROOT_HALF)) * up
@@ -229,57 +221,3 @@ def _gated(gate, up, kind, alpha, limit):
     gate = limit if gate > limit else gate
     up = limit if up > limit else (-limit if up < -limit else up)
     return (up + _ONE) * gate * _sigmoid(alpha * gate)
-
-
-def _perform(job, task):
-    """Task number `task` of a job."""
-    records, tiles = word(job + RECORDS), word(job + FIRST_TASKS)
-    table = word(job + TABLE)
-    if task < records * tiles:
-        record = task // tiles
-        call_three(word(job + FIRST), job, record, task % tiles)
-        add_atomic(table + record * TABLE_ROW + DONE, 1)
-        return
-    task -= records * tiles
-    record = task // word(job + DOWN_TASKS)
-    looks = 0
-    while load_atomic(table + record * TABLE_ROW + DONE) < tiles:
-        looks += 1
-        rest(looks)
-    call_three(word(job + DOWN), job, record, task % word(job + DOWN_TASKS))
-
-
-@lru_cache
-def perform() -> Any:
-    """What `workers` calls for a task: a C function of a job's address and a number."""
-    return cfunc("void(int64, int64)", cache=True)(_perform)
-
-
-@njit("int64(int64[::1], int64[::1], int64[::1], int64[::1])", nogil=True, cache=True)
-def arrange(addresses, tokens, which, table):
-    """Fill the `table` of records in use and of assignments by record; how many records are in use.
-
-    Assignments of a record stay in their order.
-    """
-    used = 0
-    for record in range(len(addresses)):
-        found = False
-        for assignment in which:
-            found |= assignment == record
-        if found:
-            table[used * (TABLE_ROW // 8)] = addresses[record]
-            table[used * (TABLE_ROW // 8) + DONE // 8] = 0
-            table[used * (TABLE_ROW // 8) + 3] = record
-            used += 1
-    place = 0
-    pairs = used * (TABLE_ROW // 8)
-    for number in range(used):
-        row = number * (TABLE_ROW // 8)
-        table[row + BEGIN // 8] = place
-        for assignment in range(len(which)):
-            if which[assignment] == table[row + 3]:
-                table[pairs + 2 * place] = assignment
-                table[pairs + 2 * place + 1] = tokens[assignment]
-                place += 1
-        table[row + END // 8] = place
-    return used

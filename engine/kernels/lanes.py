@@ -165,3 +165,10 @@ def _joined(builder, a, b):
         filled = [min(lane, b.type.count - 1) for lane in range(width)]
         b = _shuffled(builder, b, b, filled)
     return _shuffled(builder, a, b, range(2 * width))
+
+
+def variable(lanes: Lanes):
+    """A vector in memory, zero; the compiler keeps it in registers."""
+    place = cgutils.alloca_once(lanes.builder, lanes.kind(F32))
+    lanes.builder.store(lanes.number(0.0), place)
+    return place

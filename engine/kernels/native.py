@@ -1,8 +1,11 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""What compiled CPU code needs beyond Python: memory by address, atomics, futexes, calls by address.
+"""What compiled CPU code needs beyond Python: memory and functions by address, atomics, futexes.
 
 Intrinsics of numba: each is one or two instructions. An address is an int64. Importing this module
 imports numba, which takes a second: nothing imports it before kernels are wanted.
+
+numba keeps compiled code by the file it is in, and does not see that an intrinsic has changed:
+whoever changes one here touches `workers.py`, too.
 """
 
 import platform
@@ -140,7 +143,7 @@ def give_way(typingctx):
     return types.void(), codegen
 
 
-def _futex(builder, address, operation: int, value):
+def _futex(builder, address, operation, value):
     kind = ir.FunctionType(I64, [I64], var_arg=True)
     call = cgutils.get_or_insert_function(builder.module, kind, "syscall")
     number = I64(_FUTEX_CALLS[platform.machine()])

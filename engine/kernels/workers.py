@@ -1,4 +1,4 @@
-# mypy: disable-error-code="untyped-decorator"
+# mypy: disable-error-code="untyped-decorator, no-any-return"
 """Threads that wait for work in compiled code: a call begins and ends within microseconds.
 
 A job is a number of tasks, numbered, that threads take one after another; the caller takes them,
@@ -15,7 +15,6 @@ worker.
 
 import threading
 import weakref
-from functools import lru_cache
 
 import numpy as np
 from numba import njit
@@ -54,14 +53,8 @@ class Workers:
         state = -(-self._memory.ctypes.data // 128) * 128
         self._state = state
         self._lock = threading.Lock()
-        for number in range(1, threads):
-            threading.Thread(
-                target=_worker,
-                args=(state, self._memory),
-                name=f"tierrun-cpu-{number}",
-                daemon=True,  # at exit `finalize` stops them
-            ).start()
-        weakref.finalize(self, _stop, state, self._memory)
+        others = [_thread(number, state, self._memory) for number in range(1, threads)]
+        weakref.finalize(self, _end, state, self._memory, others)
 
     def run(self, function: int, argument: int, tasks: int) -> None:
         """Call `function(argument, task)` (the address of a C function of two int64) for each task.
@@ -72,19 +65,35 @@ class Workers:
             run(self._state, function, argument, tasks)
 
 
-@lru_cache
+_shared: weakref.WeakValueDictionary[int, Workers] = weakref.WeakValueDictionary()
+
+
 def workers(threads: int) -> Workers:
-    """The threads that all layers of a process share."""
-    return Workers(threads)
+    """The `threads` threads that all who ask for as many share, until the last of them is gone."""
+    found = _shared.get(threads)
+    if found is None:
+        found = _shared[threads] = Workers(threads)
+    return found
 
 
-def _worker(state: int, memory: NDArray[np.int64]) -> None:
-    """A thread's life; it keeps the state's `memory`."""
+def _thread(number: int, state: int, memory: NDArray[np.int64]) -> threading.Thread:
+    """A worker, started; a daemon, as it is `_end` that ends it when the process does."""
+    made = threading.Thread(
+        target=_work, args=(state, memory), name=f"tierrun-cpu-{number}", daemon=True
+    )
+    made.start()
+    return made
+
+
+def _work(state: int, memory: NDArray[np.int64]) -> None:
+    """A worker's life; it keeps the state's `memory`."""
     serve(state, SPINS)
 
 
-def _stop(state: int, memory: NDArray[np.int64]) -> None:
+def _end(state: int, memory: NDArray[np.int64], others: list[threading.Thread]) -> None:
     stop(state)
+    for thread in others:
+        thread.join()
 
 
 @njit("void(int64)", nogil=True, cache=True)
