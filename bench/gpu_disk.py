@@ -4,8 +4,8 @@
 
 Needs root (cgroups, page cache). `tierrun.bench.gpu_decode` runs in the cgroup, page cache
 included, from a cold cache; before and after it the drive is measured outside: random records of
-the store, as many in flight as saturate it. The *bound* is what the ledger counts per layer: everything
-that is not serving misses, and the bytes of each layer's reads at the drive's bandwidth.
+the store, as many in flight as saturate it. The *bound* is what the ledger counts per layer:
+everything that is not serving misses, and the bytes of each layer's reads at the drive's bandwidth.
 """
 
 import json

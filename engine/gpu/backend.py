@@ -255,7 +255,6 @@ class GpuBackend:
         lanes = self.hook.lanes
         if self._host is not None and lanes is not None:
             log.info("lanes: the CPU %s, copies %s", lanes.cpu.text(), lanes.copy.text())
-            self._host.close()
         self.vram.close()
         self.queue.close()
         self._warm.slab.release()

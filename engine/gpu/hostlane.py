@@ -1,15 +1,13 @@
 """The CPU lane: experts of a miss computed where they lie in RAM, while the GPU does the others.
 
-The device writes a layer's input into pinned memory together with the letter; a thread of its own
-computes, so that copies and launches go on meanwhile; the results stay in pinned memory, from which
-one launch brings them among the others.
+The device writes a layer's input into pinned memory together with the letter. Other threads begin
+to compute, the model's thread goes on to copies and launches and helps when it is through; results
+stay in pinned memory, from which one launch brings them among the others.
 """
 
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Lock
 
 import numpy as np
 import torch
@@ -30,9 +28,6 @@ _TRIALS = (1, 2, 4, 8)
 _REPEATS = 3
 _SANE_BYTE = 0x2C
 """Codes and scales made of it are ordinary numbers; zeros may be denormal ones, which are slow."""
-
-_one_at_a_time = Lock()
-"""Two engines' threads would fight for the same cores."""
 
 
 class HostLane:
@@ -62,22 +57,19 @@ class HostLane:
             2 * assignments, assignments, dtype=torch.int64, pin_memory=pinned
         )
         self._launches = self._filled = 0
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tierrun-cpu-lane")
-        self._under_way: Future[float] | None = None
+        self._under_way: HostExperts | None = None
         self._places: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._nbytes = 0
+        self._nbytes, self._started, self._span = 0, 0.0, span(LANE, "")
         self.cost = Cost(start=30e-6, slope=1 / 20e9)  # until it is measured
 
     def calibrate(self, records: Sequence[torch.Tensor], layer: int) -> None:
-        """Compile for `layer`, and fit the cost to some runs; `records` are free memory."""
+        """Fit the cost to some runs of `layer`; `records` are free memory."""
         for record in records:
             record.fill_(_SANE_BYTE)
         most = min(len(records), len(self._results))
-        self._run(layer, records[:1], *_one_each(1))  # compiles
         for count in (count for count in _TRIALS if count <= most):
             for _ in range(_REPEATS):
-                seconds = self._run(layer, records[:count], *_one_each(count))
-                self.cost.observe(sum(len(record) for record in records[:count]), seconds)
+                self._run(layer, records, count)
 
     def begin(self) -> None:
         """A letter has been read: what earlier layers' results lay in is free."""
@@ -90,51 +82,57 @@ class HostLane:
             which[experts == one.expert] = number
         self._places = np.flatnonzero(which >= 0)
         records = [one.tier.memory(one.slot) for one in held]
-        self._nbytes = sum(len(record) for record in records)
-        self._under_way = self._thread.submit(
-            self._run, layer, records, self._places // k, which[self._places]
-        )
+        self._begin(layer, records, self._places // k, which[self._places])
 
     def finish(self, outputs: torch.Tensor) -> None:
         """Wait, and enqueue that the results come into their rows of `outputs` [T · k, H]."""
-        assert self._under_way is not None, "nothing was started"
-        seconds, self._under_way = self._under_way.result(), None
-        self.cost.observe(self._nbytes, seconds)
+        seconds = self._finish()
         self._counters.computed_bytes += self._nbytes
         self._counters.computed_seconds += seconds
         wanted = self._wanted[self._launches % len(self._wanted), : len(outputs)]
         self._launches += 1
-        wanted.zero_()
-        count = len(self._places)
-        wanted.numpy()[self._places] = np.arange(self._filled + 1, self._filled + count + 1)
+        numbers, count = wanted.numpy(), len(self._places)
+        numbers[:] = 0
+        numbers[self._places] = np.arange(self._filled + 1, self._filled + count + 1)
         self._filled += count
         join(self._results, wanted, outputs)
 
     def abandon(self) -> None:
         """Nothing is under way any more."""
         if self._under_way is not None:
-            self._under_way.result()
-            self._under_way = None
+            self._finish()
 
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown()
+    def _run(self, layer: int, records: Sequence[torch.Tensor], count: int) -> None:
+        """Compute one product of each of the first `count`; what it took counts for the cost."""
+        numbers = np.arange(count)
+        self._begin(layer, records[:count], np.zeros_like(numbers), numbers)
+        self._finish()
 
-    def _run(
+    def _begin(
         self,
         layer: int,
         records: Sequence[torch.Tensor],
         tokens: NDArray[np.int64],
         which: NDArray[np.int64],
-    ) -> float:
-        """Compute into the next free results; the seconds."""
+    ) -> None:
+        """Into the next free results."""
         hidden = self.hidden.numpy().reshape(-1, self._columns)
         out = self._results.numpy()[self._filled : self._filled + len(which)]
-        with _one_at_a_time, span(LANE, f"layer {layer}: {len(records)} experts"):
-            started = time.perf_counter()
-            self._kernels[self._layouts[layer]].compute(records, hidden, tokens, which, out)
-            return time.perf_counter() - started
+        kernels = self._kernels[self._layouts[layer]]
+        self._nbytes = sum(len(record) for record in records)
+        self._span = span(LANE, f"layer {layer}: {len(records)} experts")
+        self._span.__enter__()
+        self._started = time.perf_counter()
+        kernels.begin(records, hidden, tokens, which, out)
+        self._under_way = kernels
 
-
-def _one_each(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    return np.zeros(count, dtype=np.int64), np.arange(count)
+    def _finish(self) -> float:
+        """Wait; the seconds since it began, which count for the cost unless it ended before."""
+        assert self._under_way is not None, "nothing was started"
+        was_left = self._under_way.finish()
+        self._under_way = None
+        seconds = time.perf_counter() - self._started
+        self._span.__exit__(None, None, None)
+        if was_left or seconds < self.cost.seconds(self._nbytes):
+            self.cost.observe(self._nbytes, seconds)
+        return seconds

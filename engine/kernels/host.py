@@ -69,11 +69,24 @@ class HostExperts:
         which: NDArray[np.int64],
         out: NDArray[np.float32],
     ) -> None:
+        """See `begin`; returns when all is done."""
+        self.begin(records, hidden, tokens, which, out)
+        self.finish()
+
+    def begin(
+        self,
+        records: Sequence[torch.Tensor],
+        hidden: NDArray[np.float32],
+        tokens: NDArray[np.int64],
+        which: NDArray[np.int64],
+        out: NDArray[np.float32],
+    ) -> None:
         """Apply `records[which[a]]` to `hidden[tokens[a]]` into `out[a]`, unweighted, for each a.
 
         `records` are uint8 host tensors, each one expert's record (as in its slot, 64-byte
         aligned); `hidden` is [T, H], `out` [A, H]. A row of `out` depends on its record and its row
         of `hidden` only: whatever else is computed, and by how many threads, the bits are the same.
+        The caller's thread goes on at once; `finish` must follow.
 
         Raises:
             IndexError: an assignment is of no record, or of no token.
@@ -94,7 +107,14 @@ class HostExperts:
             *(stride, self._table.ctypes.data),
         )
         tasks = used * (found.first_tiles + found.down_tiles)
-        self._workers.run(self._perform, self._job.ctypes.data, tasks)
+        self._workers.begin(self._perform, self._job.ctypes.data, tasks)
+
+    def finish(self) -> bool:
+        """Help with what is left, and wait until all is done; whether anything was left.
+
+        The other threads compute meanwhile; everything given to `begin` stays as it is until now.
+        """
+        return self._workers.finish()
 
     def _reserve(self, records: int, assignments: int) -> int:
         """Make room for so many; the bytes from one row between the products to the next."""

@@ -5,7 +5,7 @@ A job is a number of tasks, numbered, that threads take one after another; the c
 too. No thread must come: what the others have not begun when the caller is through it has done
 itself. So a sleeping, busy or missing worker costs speed, never an answer.
 
-Guarantees: when `run` returns every task has ended, its writes are seen, and no worker looks at
+Guarantees: when `finish` returns every task has ended, its writes are seen, and no worker looks at
 the job any more.
 Assumes: one caller at a time (a lock holds it); atomics in one order for all (`seq_cst`). A worker
 counts itself as ACTIVE, and only then looks whether the job is OPEN; the caller closes the job and
@@ -61,8 +61,20 @@ class Workers:
 
         Tasks are begun in their order; the GIL is released.
         """
-        with self._lock:
-            run(self._state, function, argument, tasks)
+        self.begin(function, argument, tasks)
+        self.finish()
+
+    def begin(self, function: int, argument: int, tasks: int) -> None:
+        """Let the other threads begin; `finish` must follow."""
+        self._lock.acquire()
+        begin(self._state, function, argument, tasks)
+
+    def finish(self) -> bool:
+        """Do what nobody has begun, and wait for the rest; whether there was anything left."""
+        left = load_left(self._state)
+        finish(self._state)
+        self._lock.release()
+        return left
 
 
 _shared: weakref.WeakValueDictionary[int, Workers] = weakref.WeakValueDictionary()
@@ -150,8 +162,8 @@ def serve(state: int, spins: int) -> None:
 
 
 @njit("void(int64, int64, int64, int64)", nogil=True, cache=True)
-def run(state: int, function: int, argument: int, tasks: int) -> None:
-    """See `Workers.run`."""
+def begin(state: int, function: int, argument: int, tasks: int) -> None:
+    """See `Workers.begin`."""
     number = word(state + JOB + 24) % 0x7FFFFFFE + 1
     put_word(state + JOB, function)
     put_word(state + JOB + 8, argument)
@@ -161,6 +173,18 @@ def run(state: int, function: int, argument: int, tasks: int) -> None:
     store_atomic(state + OPEN, number)
     if load_atomic(state + SLEEPERS) > 0:
         wake(state + OPEN)
+
+
+@njit("bool_(int64)", nogil=True, cache=True)
+def load_left(state: int) -> bool:
+    """Whether a task of the open job has not been begun, or is under way."""
+    begun = load_atomic(state + NEXT) >= word(state + JOB + 16)
+    return not begun or load_atomic(state + ACTIVE) != 0
+
+
+@njit("void(int64)", nogil=True, cache=True)
+def finish(state: int) -> None:
+    """See `Workers.finish`."""
     _take(state)
     store_atomic(state + OPEN, 0)
     looks = 0

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,36 @@ def test_threads_change_nothing(codec: str, monkeypatch: pytest.MonkeyPatch) -> 
         experts = HostExperts(layer.layout, threads)
         for _ in range(200):
             assert np.array_equal(layer.compute(experts, x, tokens, which), wanted)
+
+
+def test_others_compute_while_the_caller_does_something_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host, "_cores", lambda: 3)
+    layer = Layer("q4_k", 256, 64)
+    experts, x = HostExperts(layer.layout, 3), layer.activations(2)
+    tokens, which = np.array([0, 1, 0, 1]), np.array([0, 0, 1, 2])
+    wanted = layer.compute(experts, x, tokens.tolist(), which.tolist())
+    left = set()
+    for number in range(60):
+        out = np.full_like(wanted, np.nan)
+        experts.begin(layer.records, x, tokens, which, out)
+        time.sleep(0.02 if number % 2 else 0)
+        left.add(experts.finish())
+        assert np.array_equal(out, wanted)
+    assert False in left, "the others never did all of it"
+
+
+def test_the_caller_does_alone_what_nobody_else_does(
+    small: tuple[Layer, HostExperts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "_cores", lambda: 1)
+    layer, _ = small
+    experts, x = HostExperts(layer.layout, 1), layer.activations(1)
+    out = np.full((1, 300), np.nan, np.float32)
+    experts.begin(layer.records, x, np.array([0]), np.array([1]), out)
+    assert np.isnan(out).all() and experts.finish()
+    layer.check(out, x, [0], [1])
 
 
 def test_nothing_to_compute(small: tuple[Layer, HostExperts]) -> None:
