@@ -38,7 +38,7 @@ class Options:
     depth: int = DEFAULT_DEPTH
     strict: bool = False
     exact: bool = False
-    lanes: str = "auto"
+    lanes: str = "copy"
     compile: str = "auto"
     graphs: bool = True
 

@@ -87,9 +87,9 @@ def test_nothing_is_left_for_the_cpu_where_there_is_no_choice(
     model_of: Callable[[str], Model],
 ) -> None:
     model = model_of(FAMILY)
-    with load(model, vram="1GiB") as engine:
+    with load(model, vram="1GiB", lanes="auto") as engine:
         assert engine.backend.hook.lanes is None, "VRAM holds all"
-    with load(model, vram=str(model.smallest), exact=True) as engine:
+    with load(model, vram=str(model.smallest), lanes="auto", exact=True) as engine:
         assert engine.backend.hook.lanes is None, "the CPU's bits differ"
 
 
