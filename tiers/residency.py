@@ -161,13 +161,22 @@ class Residency:
 
     # -- prefill --------------------------------------------------------------------------------
 
+    def share(self, layer: int) -> int:
+        """How many more experts of `layer` a prefill keeps: its part of the tier reads land in."""
+        placement, tier = self.placement, self.placement.landing
+        record_class = placement.class_of_layer[layer]
+        layers = placement.class_of_layer.count(record_class)
+        first, last = placement.first[layer], placement.first[layer + 1]
+        mine = tier.proven & (tier.owner >= first) & (tier.owner < last)
+        return tier.num_slots_of(record_class) // layers - int(np.sum(mine))
+
     def stream(self, layer: int, experts: Sequence[int], window: int) -> Iterator[Held]:
         """Each of the distinct `experts` once, leased until the next one is asked for.
 
         Those in a tier come first, while up to `window` reads run ahead of the consumer.
         """
         self.placement.harvest()
-        reads = _PrefillReads(self.placement, layer, window)
+        reads = _PrefillReads(self.placement, layer, window, self.share(layer))
         hits = deque[Held]()
         for expert in experts:
             home = self.placement.home(layer, expert)
@@ -285,19 +294,12 @@ class _PrefillReads:
     that hold nothing proven, of which at most `window` are taken from what decode has learnt.
     """
 
-    def __init__(self, placement: Placement, layer: int, window: int) -> None:
+    def __init__(self, placement: Placement, layer: int, window: int, share: int) -> None:
         self.wanted: deque[int] = deque()
         self._placement, self._layer, self._window = placement, layer, window
         self._record_class = placement.class_of_layer[layer]
         self._pending: deque[tuple[int, int, Ticket]] = deque()
-        self._share_left = self._share()
-
-    def _share(self) -> int:
-        placement, tier = self._placement, self._placement.landing
-        layers = placement.class_of_layer.count(self._record_class)
-        first, last = placement.first[self._layer], placement.first[self._layer + 1]
-        mine = tier.proven & (tier.owner >= first) & (tier.owner < last)
-        return tier.num_slots_of(self._record_class) // layers - int(np.sum(mine))
+        self._share_left = share
 
     def top_up(self) -> None:
         """Queue further reads while slots and the window allow."""

@@ -21,7 +21,7 @@ Assumes:
   and that an exception's traceback may keep alive, ends with `abandon` or `next_step`.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
 
@@ -31,8 +31,10 @@ from numpy.typing import NDArray
 
 from tierrun.io.store import ExpertKey
 from tierrun.tiers.copies import Copies
+from tierrun.tiers.past import Past
 from tierrun.tiers.residency import Held, Residency
 from tierrun.tiers.slottable import SlotTable
+from tierrun.tiers.straight import StraightReads
 from tierrun.tiers.tier import NOBODY, Tier
 from tierrun.tiers.transfers import Transfers
 from tierrun.tiers.vramcall import VramCall
@@ -70,7 +72,8 @@ class VramTier:
     """What the engine asks for experts on a device.
 
     `tier` holds its slots, in a slab on the device; `residency` everything below it, with no hot
-    tier of its own. `window` is how many reads run ahead of a prefill.
+    tier of its own. `window` is how many reads run ahead of a prefill. With `straight`, what a
+    prompt wants and the warm tier would not keep is read with that.
     """
 
     def __init__(self, residency: Residency, tier: Tier, copies: Copies, window: int = 1) -> None:
@@ -88,6 +91,7 @@ class VramTier:
         self._transfers = Transfers(placement, self.slots, copies, placement.ledger)
         self._call: VramCall | None = None
         self.chunks = VramChunks(placement, self.slots)
+        self.straight: StraightReads | None = None
 
     def _spare_of(self, record_class: int) -> int:
         """Warm slots that may be held while a layer is leased and one more is read."""
@@ -310,6 +314,59 @@ class VramTier:
     ) -> Iterator[list[Arrival]]:
         # Two groups at a time, one being copied while the other is computed.
         group = max(1, min(group, self.slots.reserve[call.record_class] // 2))
+        through, past = self._parted(call.layer, missing)
+        if through:
+            yield from self._stream_through(call, through, group, share)
+        if past:
+            yield from self._stream_past(call, past, group)
+
+    def _parted(self, layer: int, missing: list[int]) -> tuple[list[int], list[int]]:
+        """Those that come through the warm tier: it has them, or will keep them; and the others."""
+        if self.straight is None:
+            return missing, []
+        room, through, past = self.residency.share(layer), list[int](), list[int]()
+        for expert in missing:
+            known = self._placement.home(layer, expert) is not None
+            (through if known or room > 0 else past).append(expert)
+            room -= not known
+        return through, past
+
+    def _stream_past(
+        self, call: VramCall, experts: list[int], group: int
+    ) -> Iterator[list[Arrival]]:
+        """Groups read straight into VRAM, one ahead of the compute."""
+        assert self.straight is not None
+        past, share = Past(self.straight, self._tier, call.layer), self._share(call.layer)
+        call.hold(past.stop)
+        batches = deque(_groups(experts, group))
+        while batches or len(past):
+            if batches:
+                self._begin_past(call, past, batches.popleft())
+            if len(past) > bool(batches):
+                found, slots, _ = past.next()
+                for slot in slots:
+                    self.slots.publish(slot)
+                call.lease(slots)
+                for slot in slots:
+                    share -= self._keep(slot, share)
+                self._counters.cold += len(found)
+                self._counters.read_bytes += sum(self._tier.memory(s).numel() for s in slots)
+                yield self._arrivals(found, slots)
+                call.launched()
+        call.let_go()
+
+    def _begin_past(self, call: VramCall, past: Past, experts: list[int]) -> None:
+        self._make_room(call, len(experts))
+        index = self._placement.index
+        slots = [
+            self.slots.take(call.record_class, index(call.layer, expert)) for expert in experts
+        ]
+        self.copies.synchronize()  # what was in the slots may be read until now
+        past.begin(experts, slots)
+
+    def _stream_through(
+        self, call: VramCall, missing: list[int], group: int, share: int
+    ) -> Iterator[list[Arrival]]:
         window = self._window_for(call.record_class, group)
         source = self.residency.stream(call.layer, missing, window)
         call.hold(cast(Generator[Held, None, None], source).close)

@@ -34,6 +34,7 @@ from tierrun.engine.kernels.host import supported
 from tierrun.engine.model import load_model
 from tierrun.engine.options import Options
 from tierrun.engine.resident import ResidentWeights
+from tierrun.engine.storage import measured_paths, open_straight
 from tierrun.io.errors import BudgetError
 from tierrun.io.extent import format_bytes
 from tierrun.io.store import ExpertKey, RecordClass, Store
@@ -53,6 +54,7 @@ from tierrun.tiers.setup import (
     spare_bytes,
 )
 from tierrun.tiers.slab import host_bytes
+from tierrun.tiers.straight import StraightReads
 from tierrun.tiers.tier import Tier
 from tierrun.tiers.vram import VramTier
 
@@ -123,6 +125,7 @@ class GpuBackend:
         )
         window = prefill_window(store, tiers.warm, options.depth)
         self.vram = VramTier(self.residency, tiers.hot, copies, window)
+        self.vram.straight = self._straight()
         self._warm = tiers.warm
         self.hook = DeviceExperts(self.model, store.manifest, self.vram, device)
         self._host = self._host_lane(ledger, tiers)
@@ -143,6 +146,14 @@ class GpuBackend:
             self._runner.forget_recordings,
         )
         self._say_longest()
+
+    def _straight(self) -> StraightReads | None:
+        """Reads past the warm tier, where they are faster than through it."""
+        measured = measured_paths(self._store, self._options, self._device)
+        if self._device.type != "cuda" or measured.to_device != "gds":
+            return None
+        log.info("experts not expected back go straight into VRAM (%s)", measured.reason)
+        return open_straight(self._store, self._options, self._device, measured.to_device)
 
     def _host_lane(self, ledger: Ledger, tiers: DeviceTiers) -> HostLane | None:
         """The CPU's part in what VRAM lacks, calibrated; None where it has none, said why."""
@@ -256,6 +267,8 @@ class GpuBackend:
         if self._host is not None and lanes is not None:
             log.info("lanes: the CPU %s, copies %s", lanes.cpu.text(), lanes.copy.text())
         self.vram.close()
+        if self.vram.straight is not None:
+            self.vram.straight.close()
         self.queue.close()
         self._warm.slab.release()
         forget(experts_modules(self.model).values())

@@ -270,6 +270,49 @@ def test_the_books_of_copies_do_not_grow(kind: str) -> None:
         assert it.vram.num_copies <= 8
 
 
+# -- straight from the drive ---------------------------------------------------------------------
+
+
+@kinds
+@pytest.mark.parametrize("group", [None, 1, 2])
+def test_what_the_warm_tier_would_not_keep_goes_past_it(kind: str, group: int | None) -> None:
+    with make_vram(kind, layers=WIDE, vram=(4,), warm=(6,), straight=True) as it:
+        groups = it.prefill(0, list(range(12)), group)
+        assert sorted(sum(groups, [])) == list(range(12))
+        assert it.warm(0) == {0, 1}, "its share, the most used"
+        assert it.drive.nbytes == 10 * PAGE
+        counters = it.rig.counters
+        assert (counters.cold, counters.read_bytes) == (12, 12 * PAGE)
+        assert counters.promoted_bytes == 2 * PAGE
+
+
+@kinds
+def test_slots_are_read_into_only_when_their_kernels_have_run(kind: str) -> None:
+    """Whatever is late: every kernel sees its expert (see `VramRig.check_seen`)."""
+    with make_vram(kind, layers=WIDE, vram=(4,), warm=(3,), straight=True) as it:
+        it.drive.delay = 0.001
+        for layer in (0, 1, 2, 0):
+            assert sorted(sum(it.prefill(layer, list(range(12))), [])) == list(range(12))
+        it.vram.check_integrity()
+
+
+def test_a_failed_straight_read_is_named_and_leaves_nothing() -> None:
+    with make_vram(layers=WIDE, vram=(4,), warm=(3,), straight=True) as it:
+        it.drive.failures[it.rig.place(0, 7)] = 2
+        with pytest.raises(ReadError, match="layer 0, expert 7"):
+            it.prefill(0, list(range(12)))
+        it.vram.check_integrity()
+        assert sorted(sum(it.prefill(0, list(range(12))), [])) == list(range(12))
+
+
+def test_a_stream_given_up_waits_for_its_straight_reads() -> None:
+    with make_vram(layers=WIDE, vram=(4,), warm=(3,), straight=True) as it:
+        it.drive.delay = 0.01
+        it.prefill(0, list(range(12)), patience=2)
+        it.vram.check_integrity()
+        assert sorted(sum(it.prefill(1, list(range(12))), [])) == list(range(12))
+
+
 # -- together with the warm tier -----------------------------------------------------------------
 
 

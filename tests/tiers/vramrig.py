@@ -1,13 +1,16 @@
 """A VRAM tier over a residency made by hand, and the device that reads from it."""
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 
 import numpy as np
 import pytest
 import torch
-from tests.fakes import Experts
+from tests.fakes import Experts, TinyStore
 from tests.tiers.rig import Rig, make_rig
 from tests.tiers.streams import FakeStreams
 
@@ -15,6 +18,8 @@ from tierrun.io.store import ExpertKey
 from tierrun.tiers.copies import Copies, CudaCopies, HostCopies
 from tierrun.tiers.memory import DeviceMemory, Memory
 from tierrun.tiers.slab import Slab
+from tierrun.tiers.staging import Lanes
+from tierrun.tiers.straight import StraightReads
 from tierrun.tiers.tier import NOBODY, SlotState, Tier
 from tierrun.tiers.vram import Arrival, Choose, VramTier
 
@@ -47,7 +52,11 @@ class VramRig:
     seen: list[tuple[ExpertKey, torch.Tensor]] = field(default_factory=list)
     unaccounted: list[tuple[int, np.ndarray]] = field(default_factory=list)
     choose: Choose | None = None
+    drive: "DriveReads" = field(init=False)
     computed: list[ExpertKey] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.drive = DriveReads(self.rig.tiny)
 
     # -- the device -----------------------------------------------------------------------------
 
@@ -177,6 +186,27 @@ class VramRig:
         self.check_seen()
 
 
+class DriveReads:
+    """A `DeviceReader` over a tiny store's bytes; counts them, and fails where it is told to."""
+
+    name = "fake"
+
+    def __init__(self, tiny: TinyStore) -> None:
+        self._images, self._lock = tiny.images, Lock()
+        self.failures: Counter[tuple[int, int]] = Counter()
+        self.nbytes, self.delay = 0, 0.0
+
+    def read_device(self, shard: int, offset: int, into: torch.Tensor) -> None:
+        time.sleep(self.delay)
+        with self._lock:
+            self.nbytes += into.nbytes
+            if self.failures[shard, offset] > 0:
+                self.failures[shard, offset] -= 1
+                raise OSError(5, "injected")
+        image = memoryview(self._images[shard])[offset : offset + into.nbytes]
+        into.copy_(torch.frombuffer(bytearray(image), dtype=torch.uint8))
+
+
 @contextmanager
 def make_vram(
     copies: Copies | str = "host",
@@ -189,8 +219,9 @@ def make_vram(
     window: int = 1,
     chunks: int = 4,
     memory: Memory | None = None,
+    straight: bool = False,
 ) -> Iterator[VramRig]:
-    """Slots per record class in each tier, as in `make_rig`."""
+    """Slots per record class in each tier, as in `make_rig`; `straight` reads past the warm one."""
     made = make_copies(copies) if isinstance(copies, str) else copies
     with make_rig(hot=[0] * len(warm), warm=warm, layers=layers, policy=policy, depth=depth) as rig:
         sizes = rig.placement.warm.record_bytes
@@ -200,11 +231,18 @@ def make_vram(
         for extent, record_class in enumerate(classes):
             tier.assign(extent, record_class)
         it = VramRig(rig, VramTier(rig.residency, tier, made, window), tier, made)
-        with pinned(rig.placement.warm.slab.base, made):
-            yield it
-            rig.drain()
-            it.check_idle()
-            it.vram.close()
+        if straight:
+            lanes = Lanes(device_of(made), 2)
+            it.vram.straight = StraightReads(rig.tiny.store, it.drive, lanes, 3, lambda: None)
+        try:
+            with pinned(rig.placement.warm.slab.base, made):
+                yield it
+                rig.drain()
+                it.check_idle()
+                it.vram.close()
+        finally:
+            if it.vram.straight is not None:
+                it.vram.straight.close()
 
 
 @contextmanager
