@@ -5,7 +5,6 @@ to compute, the model's thread goes on to copies and launches and helps when it 
 stay in pinned memory, from which one launch brings them among the others.
 """
 
-import logging
 import time
 from collections.abc import Sequence
 
@@ -21,8 +20,6 @@ from tierrun.io.timeline import LANE, span
 from tierrun.tiers.lanes import Cost
 from tierrun.tiers.ledger import Counters
 from tierrun.tiers.residency import Held
-
-log = logging.getLogger(__name__)
 
 _TRIALS = (1, 2, 4, 8)
 _REPEATS = 3
