@@ -70,8 +70,7 @@ def _list(metadata: _Json, name: str, kind: type, count: int = 0, default: Any =
     """A list of `count` values at least; without a `default` it must be there."""
     key = f"tokenizer.ggml.{name}"
     values = metadata.get(key, None if default is None else [default] * count)
-    # all of an array have the type of its first, so one look is enough
-    if not isinstance(values, list) or (values and type(values[0]) is not kind):
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
         raise TokenizerError(f"{key} is missing or is no list of {kind.__name__}")
     if len(values) < count:
         raise TokenizerError(f"{key} has {len(values)} entries for {count} tokens")
