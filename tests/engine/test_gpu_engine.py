@@ -32,7 +32,7 @@ class GpuEngine(Engine):
 
 
 def load(model: Model, **options: Any) -> GpuEngine:
-    given = Options(ram="1GiB", device="cpu", ubatch=PREFILL, **options)
+    given = Options(ram="1GiB", device="cpu", **{"ubatch": PREFILL} | options)
     return GpuEngine(Store.open([model.store]), given)
 
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tests.engine.conftest import PROMPT, Model
+from tests.engine.conftest import Model, convert
+from tests.engine.models import save_runnable
 from tests.engine.test_gpu_engine import load
 
 from tierrun.engine.experts import Interrupted
@@ -15,7 +16,15 @@ from tierrun.engine.options import Options
 from tierrun.io.errors import UsageError
 from tierrun.tiers.ledger import Counters
 
-FAMILY = "qwen3_moe"
+PROMPT = [5, 9]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """One layer and few tokens: interpreted kernels are slow."""
+    directory = tmp_path_factory.mktemp("lanes")
+    save_runnable("qwen3_moe", directory / "checkpoint", num_hidden_layers=1, vocab_size=48)
+    return convert("qwen3_moe", directory / "checkpoint", directory / "store")
 
 
 class Outcome(NamedTuple):
@@ -36,18 +45,18 @@ class _Kept(logging.Handler):
 
 
 @pytest.fixture(scope="module")
-def outcome(model_of: Callable[[str], Model]) -> Callable[[str], Outcome]:
+def outcome(tiny: Model) -> Callable[[str], Outcome]:
     """--lanes → what an engine gives with as little VRAM as works; its books are checked."""
 
     @cache
     def make(lanes: str) -> Outcome:
-        model, kept, logger = model_of(FAMILY), _Kept(), logging.getLogger("tierrun")
+        kept, logger = _Kept(), logging.getLogger("tierrun")
         level = logger.level
         logger.addHandler(kept)
         logger.setLevel(logging.INFO)
         try:
-            with load(model, vram=str(model.smallest), lanes=lanes) as engine:
-                logits = engine.logits(PROMPT[:2])
+            with load(tiny, vram=str(tiny.smallest), lanes=lanes, ubatch=2) as engine:
+                logits = engine.logits(PROMPT)
                 engine.check_integrity()
                 assert not engine.backend.damaged()
                 counters = engine.ledger.snapshot()
@@ -83,21 +92,15 @@ def test_the_costs_are_said(outcome: Callable[[str], Outcome]) -> None:
     assert len(said) == 2 and "GB/s" in said[0] and "copies" in said[1]
 
 
-def test_nothing_is_left_for_the_cpu_where_there_is_no_choice(
-    model_of: Callable[[str], Model],
-) -> None:
-    model = model_of(FAMILY)
-    with load(model, vram="1GiB", lanes="auto") as engine:
+def test_nothing_is_left_for_the_cpu_where_there_is_no_choice(tiny: Model) -> None:
+    with load(tiny, vram="1GiB", lanes="auto", ubatch=2) as engine:
         assert engine.backend.hook.lanes is None, "VRAM holds all"
-    with load(model, vram=str(model.smallest), lanes="auto", exact=True) as engine:
+    with load(tiny, vram=str(tiny.smallest), lanes="auto", exact=True, ubatch=2) as engine:
         assert engine.backend.hook.lanes is None, "the CPU's bits differ"
 
 
-def test_a_forward_pass_broken_off_leaves_the_lane_idle(
-    model_of: Callable[[str], Model],
-) -> None:
-    model = model_of(FAMILY)
-    with load(model, vram=str(model.smallest), lanes="cpu") as engine:
+def test_a_forward_pass_broken_off_leaves_the_lane_idle(tiny: Model) -> None:
+    with load(tiny, vram=str(tiny.smallest), lanes="cpu", ubatch=2) as engine:
         session = engine.session()
         engine.hook.interrupted = True
         with pytest.raises(Interrupted):

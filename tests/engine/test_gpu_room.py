@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.engine.conftest import PROMPT, Model, convert
+from tests.engine.conftest import Model, convert
 from tests.engine.models import save_runnable
 from tests.fakes import Experts
 from tests.tiers.vramrig import VramRig, make_vram
@@ -220,13 +220,15 @@ class LargeEngine(SmallEngine):
     least_room = 16
 
 
+PROMPT = [n * 7 % 48 for n in range(1, 21)]
+
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted kernels")
 
 
 @pytest.fixture(scope="module")
 def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Model:
     directory = tmp_path_factory.mktemp("one_layer")
-    save_runnable("qwen3_moe", directory / "checkpoint", num_hidden_layers=1)
+    save_runnable("qwen3_moe", directory / "checkpoint", num_hidden_layers=1, vocab_size=48)
     return convert("qwen3_moe", directory / "checkpoint", directory / "store")
 
 
