@@ -16,7 +16,7 @@ from tierrun.io.measuring import describe, short_plan
 from tierrun.io.profiles import WAYS, Profile, ProfileFile, Setting, choose_paths
 from tierrun.io.reader import Measured, choose_reader, num_threads
 from tierrun.io.store import Store
-from tierrun.tiers.staging import DeviceReader, Lanes, SparedDeviceReader, StagedReader
+from tierrun.tiers.staging import BounceBuffers, DeviceReader, SparedDeviceReader, StagedReader
 from tierrun.tiers.straight import StraightReads
 
 log = logging.getLogger(__name__)
@@ -99,9 +99,9 @@ def open_straight(
     Where kvikio fails in mid-run, its reads are repeated through pinned memory, then all go there.
     """
     paths, threads = store.shard_paths, num_threads(store.shard_paths, options.depth)
-    lanes = Lanes(device, threads)
+    buffers = BounceBuffers(device, threads)
     direct = choose_reader("direct", paths).name == "direct"
-    staged = StagedReader(paths, lanes, os.O_DIRECT if direct else 0)
+    staged = StagedReader(paths, buffers, os.O_DIRECT if direct else 0)
     reader: DeviceReader = staged
     closers = [staged.close]
     if to_device == "gds":
@@ -113,4 +113,4 @@ def open_straight(
         for closer in closers:
             closer()
 
-    return StraightReads(store, reader, lanes, threads, close)
+    return StraightReads(store, reader, buffers, threads, close)

@@ -13,7 +13,7 @@ from tierrun.io.gds import GdsReader
 from tierrun.io.measuring import HostTrial, Place, Plan, Trial, measure
 from tierrun.io.profiles import DIRECT, GDS, GDS_DEVICE, STAGED, Cell, Way
 from tierrun.io.store import Store
-from tierrun.tiers.staging import DeviceReader, Lanes, StagedReader
+from tierrun.tiers.staging import BounceBuffers, DeviceReader, StagedReader
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +61,9 @@ class _DeviceTrials:
         """The way through pinned memory."""
         if self._memory is None:
             return {}
-        lanes = Lanes(self._memory.device, self._threads)
-        self._stack.callback(lanes.release)
-        reader = StagedReader(self._paths, lanes, os.O_DIRECT)
+        buffers = BounceBuffers(self._memory.device, self._threads)
+        self._stack.callback(buffers.release)
+        reader = StagedReader(self._paths, buffers, os.O_DIRECT)
         self._stack.callback(reader.close)
         return self.of(STAGED, reader)
 

@@ -39,45 +39,45 @@ class DeviceReader(Protocol):
         """Fill `into` from `offset` of shard number `shard`; blocks."""
 
 
-class Lane:
+class BounceBuffer:
     """Pinned memory for a part of a record, and a stream to copy it with."""
 
     def __init__(self, memory: Memory, device: torch.device) -> None:
-        self.buffer = memory.allocate(PART_BYTES)
+        self.data = memory.allocate(PART_BYTES)
         self._stream = _Stream(device) if device.type == "cuda" else None
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Between device and host, one of which is `buffer`; returns once it is done."""
+        """Between device and host, one of which is `data`; returns once it is done."""
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
         if self._stream is not None:
             self._stream.synchronize()
 
 
-class Lanes:
-    """`count` lanes, made at once: pinning memory makes the whole device wait."""
+class BounceBuffers:
+    """`count` buffers, made at once: pinning memory makes the whole device wait."""
 
     def __init__(self, device: torch.device, count: int) -> None:
         cuda = device.type == "cuda"
         self._memory = PinnedMemory(device, strict=False) if cuda else OrdinaryMemory()
-        self._lanes = [Lane(self._memory, device) for _ in range(count)]
-        self._idle: SimpleQueue[Lane] = SimpleQueue()
-        for lane in self._lanes:
-            self._idle.put(lane)
+        self._buffers = [BounceBuffer(self._memory, device) for _ in range(count)]
+        self._idle: SimpleQueue[BounceBuffer] = SimpleQueue()
+        for buffer in self._buffers:
+            self._idle.put(buffer)
 
     @contextmanager
-    def lane(self) -> Iterator[Lane]:
+    def borrow(self) -> Iterator[BounceBuffer]:
         """One that nobody else has; waits where all are in use."""
-        lane = self._idle.get()
+        buffer = self._idle.get()
         try:
-            yield lane
+            yield buffer
         finally:
-            self._idle.put(lane)
+            self._idle.put(buffer)
 
     def release(self) -> None:
         """Unlock their memory; none may be in use."""
-        for lane in self._lanes:
-            self._memory.release(lane.buffer)
+        for buffer in self._buffers:
+            self._memory.release(buffer.data)
 
 
 class StagedReader:
@@ -88,18 +88,18 @@ class StagedReader:
 
     name = "pinned memory and a copy"
 
-    def __init__(self, paths: Sequence[Path], lanes: Lanes, flags: int) -> None:
+    def __init__(self, paths: Sequence[Path], buffers: BounceBuffers, flags: int) -> None:
         self._fds = [os.open(path, os.O_RDONLY | flags | os.O_CLOEXEC) for path in paths]
-        self._lanes = lanes
+        self._buffers = buffers
 
     def read_device(self, shard: int, offset: int, into: torch.Tensor) -> None:
         """See `DeviceReader`."""
-        with self._lanes.lane() as lane:
+        with self._buffers.borrow() as buffer:
             for start in range(0, into.nbytes, PART_BYTES):
                 target = into[start : start + PART_BYTES]
-                part = lane.buffer[: target.nbytes]
+                part = buffer.data[: target.nbytes]
                 read_fully(self._fds[shard], offset + start, host_bytes(part))
-                lane.copy(target, part)
+                buffer.copy(target, part)
 
     def close(self) -> None:
         """No read may be under way."""

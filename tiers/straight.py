@@ -15,7 +15,7 @@ from tierrun.io.errors import CorruptError, ReadError
 from tierrun.io.reads import PART_BYTES
 from tierrun.io.store import ExpertKey, Record, Store
 from tierrun.tiers.slab import host_bytes
-from tierrun.tiers.staging import DeviceReader, Lanes
+from tierrun.tiers.staging import BounceBuffers, DeviceReader
 
 
 class StraightReads:
@@ -33,11 +33,11 @@ class StraightReads:
         self,
         store: Store,
         reader: DeviceReader,
-        lanes: Lanes,
+        buffers: BounceBuffers,
         threads: int,
         closing: Callable[[], None],
     ) -> None:
-        self._store, self._reader, self._lanes = store, reader, lanes
+        self._store, self._reader, self._buffers = store, reader, buffers
         self._closing = closing
         self._verified: set[ExpertKey] = set()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tierrun-straight")
@@ -64,7 +64,7 @@ class StraightReads:
         """Wait for what is under way, let go of files and memory."""
         self._pool.shutdown()
         self._closing()
-        self._lanes.release()
+        self._buffers.release()
 
     def _part(
         self, job: "_Job", key: ExpertKey, record: Record, start: int, into: torch.Tensor
@@ -110,11 +110,11 @@ class StraightReads:
     def _digest(self, data: torch.Tensor) -> int:
         """xxh3-64 of device memory."""
         hasher = xxhash.xxh3_64()
-        with self._lanes.lane() as lane:
+        with self._buffers.borrow() as buffer:
             for start in range(0, data.nbytes, PART_BYTES):
                 part = data[start : start + PART_BYTES]
-                copy = lane.buffer[: part.nbytes]
-                lane.copy(copy, part)
+                copy = buffer.data[: part.nbytes]
+                buffer.copy(copy, part)
                 hasher.update(host_bytes(copy))
         return hasher.intdigest()
 

@@ -17,7 +17,7 @@ from tierrun.io.errors import CorruptError, ReadError
 from tierrun.io.extent import PAGE
 from tierrun.io.store import ExpertKey
 from tierrun.tiers import staging, straight
-from tierrun.tiers.staging import DeviceReader, Lanes, SparedDeviceReader, StagedReader
+from tierrun.tiers.staging import BounceBuffers, DeviceReader, SparedDeviceReader, StagedReader
 from tierrun.tiers.straight import StraightReads
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ class FakeDeviceReader:
 
 @contextmanager
 def reads(tiny: TinyStore, reader: DeviceReader) -> Iterator[StraightReads]:
-    found = StraightReads(tiny.store, reader, Lanes(CPU, 3), 4, lambda: None)
+    found = StraightReads(tiny.store, reader, BounceBuffers(CPU, 3), 4, lambda: None)
     try:
         yield found
     finally:
@@ -78,9 +78,9 @@ def test_records_are_the_stores(experts: list[tuple[int, int]], tmp_path: Path) 
     """Any of them, all at once, also the same one twice; from a disk."""
     tiny = tiny_store(LARGE, [tmp_path / "a", tmp_path / "b"])
     store = tiny.write()
-    lanes = Lanes(CPU, 3)
-    staged = StagedReader(store.shard_paths, lanes, os.O_DIRECT)
-    found = StraightReads(store, staged, lanes, 3, staged.close)
+    buffers = BounceBuffers(CPU, 3)
+    staged = StagedReader(store.shard_paths, buffers, os.O_DIRECT)
+    found = StraightReads(store, staged, buffers, 3, staged.close)
     keys = [ExpertKey(*expert) for expert in experts]
     targets = [memory(tiny, key) for key in keys]
     futures = [found.submit(key, into) for key, into in zip(keys, targets, strict=True)]
@@ -95,9 +95,9 @@ def test_records_reach_a_gpu_whole(tmp_path: Path) -> None:
     """More records than threads, so that every pinned buffer is used again and again."""
     tiny = tiny_store([Experts(24, 2, pages=5)], [tmp_path / "a", tmp_path / "b"])
     store, device = tiny.write(), torch.device("cuda")
-    lanes = Lanes(device, 3)
-    staged = StagedReader(store.shard_paths, lanes, os.O_DIRECT)
-    found = StraightReads(store, staged, lanes, 3, staged.close)
+    buffers = BounceBuffers(device, 3)
+    staged = StagedReader(store.shard_paths, buffers, os.O_DIRECT)
+    found = StraightReads(store, staged, buffers, 3, staged.close)
     keys = [ExpertKey(0, expert) for expert in range(24)]
     targets = [memory(tiny, key).to(device) for key in keys]
     torch.cuda.synchronize()
@@ -171,7 +171,9 @@ def test_a_record_that_differs_twice_is_corrupt() -> None:
 def test_closing_waits_for_what_is_under_way() -> None:
     tiny = tiny_store(LARGE)
     closed: list[bool] = []
-    found = StraightReads(tiny.store, FakeDeviceReader(tiny), Lanes(CPU, 3), 2, lambda: done())
+    found = StraightReads(
+        tiny.store, FakeDeviceReader(tiny), BounceBuffers(CPU, 3), 2, lambda: done()
+    )
     futures = [found.submit(ExpertKey(0, e), memory(tiny, KEY)) for e in range(4)]
 
     def done() -> None:
@@ -216,8 +218,8 @@ def test_where_both_fail_the_error_is_the_spares() -> None:
 def test_a_file_that_ends_early_is_an_error(tmp_path: Path) -> None:
     tiny = tiny_store(LARGE, [tmp_path])
     store = tiny.write()
-    lanes = Lanes(CPU, 3)
-    staged = StagedReader(store.shard_paths, lanes, 0)
+    buffers = BounceBuffers(CPU, 3)
+    staged = StagedReader(store.shard_paths, buffers, 0)
     os.truncate(store.shard_paths[0], PAGE)
     with pytest.raises(OSError, match="ends at byte"):
         staged.read_device(*place(tiny, KEY), memory(tiny, KEY))

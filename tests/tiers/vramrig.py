@@ -18,7 +18,7 @@ from tierrun.io.store import ExpertKey
 from tierrun.tiers.copies import Copies, CudaCopies, HostCopies
 from tierrun.tiers.memory import DeviceMemory, Memory
 from tierrun.tiers.slab import Slab
-from tierrun.tiers.staging import Lanes
+from tierrun.tiers.staging import BounceBuffers
 from tierrun.tiers.straight import StraightReads
 from tierrun.tiers.tier import NOBODY, SlotState, Tier
 from tierrun.tiers.vram import Arrival, Choose, VramTier
@@ -232,8 +232,8 @@ def make_vram(
             tier.assign(extent, record_class)
         it = VramRig(rig, VramTier(rig.residency, tier, made, window), tier, made)
         if straight:
-            lanes = Lanes(device_of(made), 2)
-            it.vram.straight = StraightReads(rig.tiny.store, it.drive, lanes, 3, lambda: None)
+            buffers = BounceBuffers(device_of(made), 2)
+            it.vram.straight = StraightReads(rig.tiny.store, it.drive, buffers, 3, lambda: None)
         try:
             with pinned(rig.placement.warm.slab.base, made):
                 yield it
