@@ -4,8 +4,10 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from tierrun.engine.codecs.codec import ELEMENTS, Codec, Level, find_codec
+from tierrun.engine.codecs.dense import DTYPES
 from tierrun.engine.codecs.packed import Packed
 from tierrun.engine.codecs.planes import Fields, pack
+from tierrun.engine.kernels.geometry import Geometry, dense_geometry, packed_geometry
 from tierrun.tools.sources.ggml_blocks import CODECS
 
 NAMES = (
@@ -85,3 +87,15 @@ def random_packed(name: str, rows: int, columns: int, seed: int = 0) -> Packed:
     codec = find_codec(name)
     fields = random_fields(codec, rows, columns, seed)
     return Packed.over(pack(codec, fields), codec, (rows, columns))
+
+
+def random_matrix(
+    codec: str, shape: tuple[int, int], seed: int = 0
+) -> tuple[Geometry, torch.Tensor, torch.Tensor]:
+    """A random matrix: geometry, bytes, and its values in fp64."""
+    if codec in DTYPES:
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        values = values.to(DTYPES[codec])
+        return dense_geometry(codec, shape), values.view(-1).view(torch.uint8), values.double()
+    packed = random_packed(codec, *shape, seed)
+    return packed_geometry(packed.codec, shape), packed.data, packed.dense().double()

@@ -4,12 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from tests.codecs import NAMES, random_packed
+from tests.codecs import NAMES, random_matrix
 
 from tierrun.engine.codecs.dense import DTYPES
 from tierrun.engine.gpu.activations import apply_gate
 from tierrun.engine.kernels import matvec
-from tierrun.engine.kernels.geometry import Geometry, dense_geometry, packed_geometry
 from tierrun.engine.kernels.matvec import Bias, Config, Gate
 from tierrun.engine.kernels.rows import rows
 
@@ -25,18 +24,6 @@ TOLERANCE = 1e-5
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-def random_matrix(
-    codec: str, shape: tuple[int, int], seed: int = 0
-) -> tuple[Geometry, torch.Tensor, torch.Tensor]:
-    """A random matrix: geometry, bytes, and its values in fp64."""
-    if codec in DTYPES:
-        values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        values = values.to(DTYPES[codec])
-        return dense_geometry(codec, shape), values.view(-1).view(torch.uint8), values.double()
-    packed = random_packed(codec, *shape, seed)
-    return packed_geometry(packed.codec, shape), packed.data, packed.dense().double()
 
 
 def assert_product(y: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor) -> None:

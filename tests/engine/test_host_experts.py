@@ -13,13 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tests.codecs import NAMES, random_packed
+from tests.codecs import NAMES, random_matrix
 
 from tierrun.engine.codecs.dense import DTYPES
 from tierrun.engine.gpu.activations import apply_gate
 from tierrun.engine.gpu.layout import ExpertLayout
 from tierrun.engine.kernels import host
-from tierrun.engine.kernels.geometry import Geometry, dense_geometry, packed_geometry
+from tierrun.engine.kernels.geometry import Geometry
 from tierrun.engine.kernels.host import HostExperts, supported
 from tierrun.engine.kernels.matmul import Operand
 from tierrun.engine.kernels.matvec import Bias, Gate
@@ -31,18 +31,6 @@ TOLERANCE = 1e-5
 """Of the sum of the products' magnitudes."""
 
 Floats = NDArray[np.float32]
-
-
-def random_matrix(
-    codec: str, shape: tuple[int, int], seed: int
-) -> tuple[Geometry, torch.Tensor, torch.Tensor]:
-    """A random matrix: geometry, bytes, and its values in fp64."""
-    if codec in DTYPES:
-        values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        values = values.to(DTYPES[codec])
-        return dense_geometry(codec, shape), values.view(-1).view(torch.uint8), values.double()
-    packed = random_packed(codec, *shape, seed)
-    return packed_geometry(packed.codec, shape), packed.data, packed.dense().double()
 
 
 class Layer:
