@@ -187,12 +187,14 @@ class VramTier:
                 self.residency.used(layer, [expert for expert, _ in landed])
                 yield Brought(landed, [])
             for group in _groups(missing, self._placement.top_k[layer]):
-                yield from self._fetch_group(call, group, choose or len)
+                yield from self._fetch_group(call, group, choose)
             self._admit(list(hits.values()))
         finally:
             self._end(call)
 
-    def _fetch_group(self, call: VramCall, experts: list[int], choose: Choose) -> Iterator[Brought]:
+    def _fetch_group(
+        self, call: VramCall, experts: list[int], choose: Choose | None
+    ) -> Iterator[Brought]:
         self._make_idle()
         lease = self.residency.lease(call.layer, experts)
         call.hold(lease.release)
@@ -209,12 +211,14 @@ class VramTier:
         self,
         call: VramCall,
         held: list[Held],
-        choose: Choose,
+        choose: Choose | None,
         newcomers: list[int],
         computed: list[Held],
     ) -> Brought:
-        held = self._worth_most_first(call.layer, held)
-        count = choose(held)
+        count = len(held)
+        if choose is not None:
+            held = self._worth_most_first(call.layer, held)
+            count = choose(held)
         copied, computed[len(computed) :] = held[:count], held[count:]
         if not copied:
             return Brought([], held)
@@ -257,6 +261,8 @@ class VramTier:
     def _land(self, call: VramCall, missing: list[int]) -> list[Arrival]:
         """Those of `missing` that are coming up already, here now; they are taken out of it."""
         coming = {int(self._tier.owner[slot]) for slot in self._transfers.deferred}
+        if not coming:
+            return []
         index = self._placement.index
         landed = [expert for expert in missing if index(call.layer, expert) in coming]
         if landed:

@@ -184,7 +184,7 @@ class DeviceExperts:
             for arrived, _ in self._vram.fetch(call.layer, wanted):
                 self._launch(call, letter, arrived)
             return
-        host, choose = self._host, partial(self._num_copied, self.lanes, letter)
+        host, choose = self._host, partial(self._num_copied, self.lanes, call.layer, letter)
         host.begin()
         for arrived, held in self._vram.fetch(call.layer, wanted, choose):
             if held:
@@ -204,11 +204,11 @@ class DeviceExperts:
         places = self._staging.upload(slots)
         self._compute[call.layer].decode(call.hidden, self._vram.base, places, call.outputs)
 
-    def _num_copied(self, lanes: Lanes, letter: Letter, held: list[Held]) -> int:
+    def _num_copied(self, lanes: Lanes, layer: int, letter: Letter, held: list[Held]) -> int:
         """Of experts in RAM, how many go up; the CPU has one product per token that wants it."""
-        nbytes = [held_bytes(one) for one in held]
         tokens = [int((letter.experts == one.expert).sum()) for one in held]
-        return lanes.num_copied(nbytes, [n * t for n, t in zip(nbytes, tokens, strict=True)])
+        nbytes = self._manifest.class_of(layer).nbytes
+        return lanes.num_copied([nbytes] * len(held), [nbytes * count for count in tokens])
 
     def _account(self) -> None:
         """Tell policy and counters of the layers that found everything in VRAM."""
@@ -238,11 +238,6 @@ class DeviceExperts:
                 prefill.run(self._vram.base, group, outputs)
         for chosen in top_k[-_SEEDING:].tolist():
             self._vram.used(layer, chosen)
-
-
-def held_bytes(held: Held) -> int:
-    """Of its record."""
-    return held.tier.record_bytes[int(held.tier.record_class[held.slot])]
 
 
 class NoExperts:
