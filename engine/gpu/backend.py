@@ -149,8 +149,10 @@ class GpuBackend:
 
     def _straight(self) -> StraightReads | None:
         """Reads past the warm tier, where they are faster than through it."""
+        if self._device.type != "cuda":
+            return None
         measured = measured_paths(self._store, self._options, self._device)
-        if self._device.type != "cuda" or measured.to_device != "gds":
+        if measured.to_device != "gds":
             return None
         log.info("experts not expected back go straight into VRAM (%s)", measured.reason)
         return open_straight(self._store, self._options, self._device, measured.to_device)
