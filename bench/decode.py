@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tierrun.bench.peak import peak_rss
 from tierrun.bench.report import run_script
 from tierrun.bench.stream import token_stream
 from tierrun.engine.engine import Engine, load
@@ -97,12 +98,6 @@ def _timed(records: Iterator[TokenRecord]) -> float:
 def _mean_depth(before: QueueFigures, after: QueueFigures) -> float:
     busy = after.busy_seconds - before.busy_seconds
     return (after.record_seconds - before.record_seconds) / busy if busy > 0 else 0.0
-
-
-def peak_rss() -> int:
-    """The most memory this process ever had resident, mapped files included."""
-    rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(rows["VmHWM"].split()[0]) * 1024
 
 
 def main(

@@ -18,7 +18,8 @@ import typer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from tierrun.bench.decode import PROMPT_TOKENS, peak_rss
+from tierrun.bench.decode import PROMPT_TOKENS
+from tierrun.bench.peak import peak_rss
 from tierrun.bench.report import run_script
 from tierrun.bench.stream import token_stream
 from tierrun.engine.architecture import build_meta, experts_modules, read_config

@@ -113,11 +113,11 @@ def test_two_conversions_at_once(source: Path, tmp_path: Path) -> None:
 
 MEMORY = """
 import sys
-from tests.peaks import peak_bytes
+from tierrun.bench.peak import peak_rss
 from tierrun.tools.convert import convert
-base = peak_bytes()
+base = peak_rss()
 convert(sys.argv[1], sys.argv[2])
-print(peak_bytes() - base)
+print(peak_rss() - base)
 """
 
 

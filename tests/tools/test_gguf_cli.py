@@ -160,10 +160,10 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
 
 _MEMORY = """
 import sys
-from tests.peaks import peak_bytes
+from tierrun.bench.peak import peak_rss
 from tierrun.tools.convert import convert
 convert(sys.argv[1], sys.argv[2])
-print(peak_bytes())
+print(peak_rss())
 """
 
 BF16 = 30

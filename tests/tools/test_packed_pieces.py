@@ -42,11 +42,11 @@ VOCABULARY, HIDDEN = 150_000, 4096
 
 MEMORY = """
 import sys
-from tests.peaks import peak_bytes
+from tierrun.bench.peak import peak_rss
 from tierrun.tools.convert import convert
-base = peak_bytes()
+base = peak_rss()
 convert(sys.argv[1], sys.argv[2])
-print(peak_bytes() - base)
+print(peak_rss() - base)
 """
 
 
