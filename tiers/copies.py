@@ -3,9 +3,10 @@
 The model's thread enqueues; nothing here blocks it but `Copy.wait` and `synchronize`.
 
 Guarantees:
-- `to_device` and `scatter` run one after another, in the order in which they were enqueued: a
-  table entry that is scattered after a copy is never seen before that copy's last byte;
+- `to_device` runs one after another, in the order in which they were enqueued;
 - `to_host` starts after every `to_device` enqueued before it, so it reads what was written;
+- `to_host` and `aside` start after all that the compute stream has been given so far: what they
+  overwrite, in RAM or in VRAM, is read no more;
 - after `ready`, what is launched on the compute stream sees everything enqueued before it;
 - after calling a barrier of `computed`, copies to the device start only when all that the compute
   stream had been given at the time of `computed` is done.
@@ -19,9 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """(target, source): uint8 views of the same size."""
@@ -32,10 +31,6 @@ Barrier = Callable[[], None]
 # torch does not annotate these two.
 _Stream: Callable[..., torch.cuda.Stream] = torch.cuda.Stream
 _Event: Callable[..., torch.cuda.Event] = torch.cuda.Event
-
-_RING_ROWS = 64
-_FEW_PAIRS, _MANY_PAIRS = 16, 256
-"""Table entries that one small copy carries: those of a miss or two, those of a prefill."""
 
 
 class Copy(Protocol):
@@ -58,12 +53,7 @@ class Copies(Protocol):
         """Enqueue copies from the device to host memory."""
 
     def aside(self, pairs: Pairs) -> Copy:
-        """As `to_device`, but beside everything: nothing is ordered with it but its `wait`."""
-
-    def scatter(
-        self, table: torch.Tensor, indices: NDArray[np.int64], values: NDArray[np.int64]
-    ) -> None:
-        """Enqueue `table[indices] = values`, int64 on the device; the indices are distinct."""
+        """As `to_device`, but beside other copies: nothing later waits for it but its `wait`."""
 
     def ready(self) -> None:
         """The compute stream waits for every copy to the device enqueued so far."""
@@ -103,12 +93,6 @@ class HostCopies:
         """See `Copies`."""
         return self.to_device(pairs)
 
-    def scatter(
-        self, table: torch.Tensor, indices: NDArray[np.int64], values: NDArray[np.int64]
-    ) -> None:
-        """See `Copies`."""
-        table[torch.from_numpy(indices)] = torch.from_numpy(values)
-
     def ready(self) -> None:
         """See `Copies`."""
 
@@ -146,11 +130,8 @@ class CudaCopies:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Before compute where both are queued: the scatter is a kernel of a few entries.
-        self._up = _Stream(device, priority=-1)
-        self._down, self._aside = _Stream(device), _Stream(device)
+        self._up, self._down, self._aside = (_Stream(device) for _ in range(3))
         self._enqueued = _Event()
-        self._few, self._many = _Ring(device, _FEW_PAIRS), _Ring(device, _MANY_PAIRS)
 
     def to_device(self, pairs: Pairs) -> Copy:
         """See `Copies`."""
@@ -159,31 +140,26 @@ class CudaCopies:
     def to_host(self, pairs: Pairs) -> Copy:
         """See `Copies`."""
         self._down.wait_stream(self._up)
+        self._down.wait_stream(self._compute())
         return _copy(self._down, pairs)
 
     def aside(self, pairs: Pairs) -> Copy:
         """See `Copies`."""
+        self._aside.wait_stream(self._compute())
         return _copy(self._aside, pairs)
 
-    def scatter(
-        self, table: torch.Tensor, indices: NDArray[np.int64], values: NDArray[np.int64]
-    ) -> None:
-        """See `Copies`."""
-        ring = self._few if len(indices) <= _FEW_PAIRS else self._many
-        with torch.cuda.stream(self._up):
-            for first in range(0, len(indices), ring.pairs):
-                last = first + ring.pairs
-                ring.scatter(self._up, table, indices[first:last], values[first:last])
+    def _compute(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._device)
 
     def ready(self) -> None:
         """See `Copies`."""
         self._enqueued.record(self._up)
-        torch.cuda.current_stream(self._device).wait_event(self._enqueued)
+        self._compute().wait_event(self._enqueued)
 
     def computed(self) -> Barrier:
         """See `Copies`."""
         event = _Event()
-        event.record(torch.cuda.current_stream(self._device))
+        event.record(self._compute())
         return lambda: self._up.wait_event(event)
 
     def synchronize(self) -> None:
@@ -199,54 +175,3 @@ def _copy(stream: torch.cuda.Stream, pairs: Pairs) -> _CudaCopy:
             target.copy_(source, non_blocking=True)
         copy.ended.record(stream)
     return copy
-
-
-class _Ring:
-    """Table entries on their way to the device, in pinned rows that are used in turn.
-
-    Assumes: one stream only, so that a row on the device is read before it is overwritten; for the
-    row on the host an event says so.
-    """
-
-    def __init__(self, device: torch.device, pairs: int) -> None:
-        shape = (_RING_ROWS, 2 * pairs)
-        host = torch.empty(shape, dtype=torch.int64, pin_memory=True)
-        there = torch.empty(shape, dtype=torch.int64, device=device)
-        self.pairs = pairs
-        self._rows = [_Row(*row, pairs) for row in zip(host, there, strict=True)]
-        self._next = 0
-
-    def scatter(
-        self,
-        stream: torch.cuda.Stream,
-        table: torch.Tensor,
-        indices: NDArray[np.int64],
-        values: NDArray[np.int64],
-    ) -> None:
-        """Enqueue on `stream`, which is the current one: between 1 and `pairs` entries."""
-        row = self._rows[self._next]
-        self._next = (self._next + 1) % _RING_ROWS
-        row.fill(indices, values)
-        row.send(stream, table)
-
-
-class _Row:
-    """`pairs` table entries, and every view of them that is ever needed."""
-
-    def __init__(self, host: torch.Tensor, there: torch.Tensor, pairs: int) -> None:
-        self._host, self._there = host, there
-        self._indices, self._values = host.numpy()[:pairs], host.numpy()[pairs:]
-        self._places, self._entries = there[:pairs], there[pairs:]
-        self._sent = _Event()
-
-    def fill(self, indices: NDArray[np.int64], values: NDArray[np.int64]) -> None:
-        """Write entries, the first of them again and again where there are fewer than `pairs`."""
-        self._sent.synchronize()
-        count = len(indices)
-        self._indices[:count], self._indices[count:] = indices, indices[0]
-        self._values[:count], self._values[count:] = values, values[0]
-
-    def send(self, stream: torch.cuda.Stream, table: torch.Tensor) -> None:
-        self._there.copy_(self._host, non_blocking=True)
-        self._sent.record(stream)
-        table.scatter_(0, self._places, self._entries)

@@ -8,7 +8,7 @@ Everything here runs on the model's thread; the I/O thread only ends tickets.
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,16 @@ class Home(NamedTuple):
     def ticket(self) -> Ticket | None:
         """The read that fills the slot, while it does."""
         return self.tier.tickets.get(self.slot)
+
+
+class Watcher(Protocol):
+    """Is told which experts are whole in the tier that reads land in, by their numbers."""
+
+    def came(self, expert: int, address: int) -> None:
+        """The record is at `address` in host memory from now on."""
+
+    def went(self, expert: int) -> None:
+        """It is not there any more, or was never whole; nothing has been written over it yet."""
 
 
 class Placement:
@@ -63,6 +73,7 @@ class Placement:
         self.homes: dict[int, Home] = {}
         self.backed: NDArray[np.bool_] | None = None
         """Over experts: what a cache above these tiers holds, so that nothing is lost here."""
+        self.watcher: Watcher | None = None
         self.step = 0
         self._spare = torch.empty(max(c.nbytes for c in manifest.classes), dtype=torch.uint8)
 
@@ -104,8 +115,11 @@ class Placement:
 
     def vacate(self, slot: int) -> None:
         """Free a landing slot: its expert is not here any more."""
-        del self.homes[int(self.landing.owner[slot])]
+        index = int(self.landing.owner[slot])
+        del self.homes[index]
         self.landing.give(slot)
+        if self.watcher is not None:
+            self.watcher.went(index)
 
     def arrive(self, slot: int) -> None:
         """A landing slot that a copy has filled becomes READY, and its expert's home.
@@ -116,8 +130,13 @@ class Placement:
         if index in self.homes:
             self.landing.give(slot)
             return
-        self.landing.state[slot] = SlotState.READY
         self.homes[index] = Home(self.landing, slot)
+        self._ready(slot)
+
+    def _ready(self, slot: int) -> None:
+        self.landing.state[slot] = SlotState.READY
+        if self.watcher is not None:
+            self.watcher.came(int(self.landing.owner[slot]), self.landing.memory(slot).data_ptr())
 
     def victim(self, tier: Tier, record_class: int, *, unproven_only: bool = False) -> int | None:
         """The slot of `tier` to reuse next: READY, unleased, unproven before proven.
@@ -201,7 +220,7 @@ class Placement:
         ticket = self.landing.tickets.pop(slot)
         assert ticket.ended, f"{ticket.key} is still being read"
         if ticket.state is State.DONE:
-            self.landing.state[slot] = SlotState.READY
+            self._ready(slot)
             self.ledger.counters.read_bytes += len(ticket.into)
         else:
             self.vacate(slot)

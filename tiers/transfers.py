@@ -59,7 +59,7 @@ class Transfers:
         self._promotions: deque[_Promotion] = deque()
         self._held = 0
         """Warm slots in `_promotions`."""
-        self._deferred: deque[tuple[_Promotion, int]] = deque()
+        self._deferred: deque[tuple[_Promotion, list[int]]] = deque()
         self._demotions: list[tuple[Copy, list[tuple[int, int]]]] = []
         self._sinking: set[int] = set()
 
@@ -98,9 +98,10 @@ class Transfers:
             self._warm.leases[source] -= 1
         return seconds
 
-    def defer(self, source: int, to: int) -> None:
-        """Copy a warm slot up into a FILLING slot in VRAM, beside everything; both stay held."""
-        self._deferred.append((self._copy_up([(source, to)], self._copies.aside), to))
+    def defer(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy warm slots up into FILLING slots in VRAM, beside everything; all stay held."""
+        promotion = self._copy_up(pairs, self._copies.aside)
+        self._deferred.append((promotion, [to for _, to in pairs]))
 
     @property
     def num_copies(self) -> int:
@@ -110,15 +111,15 @@ class Transfers:
     @property
     def deferred(self) -> list[int]:
         """The slots in VRAM that they fill."""
-        return [slot for _, slot in self._deferred]
+        return [slot for _, slots in self._deferred for slot in slots]
 
     def ended(self, *, wait: bool = False) -> list[int]:
         """The slots in VRAM whose deferred copies are over now; with `wait`, of all."""
-        ended = []
+        ended = list[int]()
         while self._deferred and (wait or self._deferred[0][0].copy.is_done()):
-            promotion, slot = self._deferred.popleft()
+            promotion, slots = self._deferred.popleft()
             self._end(promotion)
-            ended.append(slot)
+            ended += slots
         return ended
 
     # -- down -----------------------------------------------------------------------------------

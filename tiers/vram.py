@@ -1,21 +1,23 @@
 """The hot tier in VRAM: a cache of the warm tier, filled before the kernels that read it.
 
-Of what a layer wants, the device finds by itself what is here (the slot table); the host sees to
-the rest: `fetch` for decode, `stream` for prefill. Both yield lists of (expert, offset) as soon as
-the copies are *enqueued*; the caller then calls `copies.ready()` and launches kernels on them. What
-the caller of `fetch` chooses to have computed where it lies, in RAM, is not copied for that: it
-comes up later, beside everything else, if it is worth a slot.
+Of what a layer wants, the device finds by itself what is here, and what it can read in RAM (the
+slot table); the host sees to the rest: `fetch` for decode, `stream` for prefill. Both yield lists
+of (expert, offset) as soon as the copies are *enqueued*; the caller then calls `copies.ready()` and
+launches kernels on them. What is computed where it lies, in RAM, by the device over its bus or by
+the CPU, is not copied for that: it comes up later, beside everything else, if it is worth a slot.
 
 Guarantees:
 - a kernel launched after `copies.ready()` sees the store's bytes at every offset yielded;
-- a lookup launched after a fetch or stream has ended finds in `table` exactly what is here;
+- a lookup launched after a fetch or stream has ended, or after `publish`, finds in `table` exactly
+  what is here, and what RAM holds as `InRam` says;
 - no slot is overwritten while a kernel or a copy may read it: the slots of a call are leased until
   copies are held back behind its kernels, or the call is over;
 - whatever prefill copies, it takes nothing that decode has proven.
 Assumes:
 - the host asks for a layer's experts only after it has read what that layer's router chose, so
   that every kernel of earlier calls has ended, and every kernel of this layer that reads what the
-  device found by itself has been launched;
+  device found by itself has been launched; those of them that read in RAM have ended too, or their
+  experts are among those asked for, and no more than the layer's top-k;
 - before it asks for the next experts of a call it has launched the kernels that read the last;
 - one fetch or stream at a time, and no lookup before it has ended: one that was given up half-way,
   and that an exception's traceback may keep alive, ends with `abandon` or `next_step`.
@@ -33,7 +35,7 @@ from tierrun.io.store import ExpertKey
 from tierrun.tiers.copies import Copies
 from tierrun.tiers.past import Past
 from tierrun.tiers.residency import Held, Residency
-from tierrun.tiers.slottable import SlotTable
+from tierrun.tiers.slottable import InRam, SlotTable
 from tierrun.tiers.straight import StraightReads
 from tierrun.tiers.tier import NOBODY, Tier
 from tierrun.tiers.transfers import Transfers
@@ -44,10 +46,8 @@ from tierrun.tiers.vramslots import VramSlots
 _MOST_GROUP = 16
 """Experts per group of a prefill: enough for large copies and few launches."""
 
-_DEFERRED_PER_LAYER = 2
-"""Promotions after a layer of what was computed in RAM, as in `Residency`."""
-_MOST_DEFERRED = 8
-"""Of them under way: a few milliseconds of copies."""
+_MOST_DEFERRED = 16
+"""Promotions under way of what was computed in RAM: a millisecond of copies."""
 
 
 class Arrival(NamedTuple):
@@ -73,16 +73,31 @@ class VramTier:
 
     `tier` holds its slots, in a slab on the device; `residency` everything below it, with no hot
     tier of its own. `window` is how many reads run ahead of a prefill. With `straight`, what a
-    prompt wants and the warm tier would not keep is read with that.
+    prompt wants and the warm tier would not keep is read with that. `in_ram` is what lookups find
+    of experts in RAM only; whoever has them found there computes them there.
     """
 
-    def __init__(self, residency: Residency, tier: Tier, copies: Copies, window: int = 1) -> None:
+    def __init__(
+        self,
+        residency: Residency,
+        tier: Tier,
+        copies: Copies,
+        window: int = 1,
+        in_ram: InRam = InRam.HIDDEN,
+    ) -> None:
         placement = residency.placement
         assert placement.hot.num_slots == 0, "two hot tiers"
         self.residency, self.copies = residency, copies
         self._placement, self._tier, self._window = placement, tier, window
-        num_experts, device = int(placement.first[-1]), tier.slab.base.device
-        self._table = SlotTable(num_experts, device, copies)
+        base = tier.slab.base
+        self._table = SlotTable(
+            int(placement.first[-1]), base.data_ptr(), pinned=base.is_cuda, in_ram=in_ram
+        )
+        assert not placement.homes, "experts in RAM before the table"
+        placement.watcher = self._table
+        self.in_ram = in_ram
+        classes = np.array(placement.class_of_layer)
+        self._class_of: NDArray[np.int64] = np.repeat(classes, np.diff(placement.first))
         self.slots = VramSlots(placement, tier, self._table)
         placement.backed = self.slots.proven_experts
         self.ledger = placement.ledger
@@ -111,7 +126,7 @@ class VramTier:
 
     @property
     def table(self) -> torch.Tensor:
-        """int64 on the device, over all experts: offset from `base`, or −1. Never reallocated."""
+        """int64 over all experts: see `SlotTable`. Never reallocated."""
         return self._table.tensor
 
     @property
@@ -125,6 +140,11 @@ class VramTier:
         return self.table[int(first[layer]) : int(first[layer + 1])]
 
     @property
+    def addresses(self) -> NDArray[np.int64]:
+        """Over all experts: where in RAM each record is, 0 if it is not there (or not yet)."""
+        return self._table.addresses
+
+    @property
     def nbytes(self) -> int:
         """VRAM taken now."""
         return self._tier.slab.nbytes
@@ -135,15 +155,18 @@ class VramTier:
         """See `Residency.next_step`; a call that was given up ends here, before any lookup."""
         self.abandon()
         self.residency.next_step()
+        self._table.flush()
 
     def used(self, layer: int, experts: Sequence[int]) -> None:
         """See `Residency.used`."""
         self.residency.used(layer, experts)
 
-    def all_hit(self, calls: Sequence[tuple[int, NDArray[np.int64]]]) -> None:
-        """Account for layers all of whose experts the device has found here: (layer, experts).
+    def served(self, calls: Sequence[tuple[int, NDArray[np.int64]]]) -> None:
+        """Account for layers that needed no `fetch`: (layer, experts chosen).
 
-        They may name an expert several times. To be called before the next `fetch` or `stream`.
+        All of these were found in VRAM, or in RAM and computed there; they may name an expert
+        several times. What is worth a slot starts to come up. To be called before the next `fetch`
+        or `stream`, with no lookup under way.
         """
         if not calls:
             return
@@ -151,11 +174,23 @@ class VramTier:
         experts = np.concatenate(chosen)
         experts += np.repeat(self._placement.first[list(layers)], list(map(len, chosen)))
         self._placement.policy.used(experts, self._placement.step)
-        self._counters.hot += len(set(experts.tolist()))
+        experts = np.unique(experts)
         slots = self.slots.slot_of[experts]
-        unproven = slots[~self._tier.proven[slots] & (slots != NOBODY)]
+        here = slots != NOBODY
+        in_ram = experts[~here]
+        self._counters.hot += len(experts) - len(in_ram)
+        self._counters.warm += len(in_ram)
+        unproven = slots[here & ~self._tier.proven[slots]]
         if len(unproven):
             self._admit(unproven.tolist())
+        self._publish_deferred()
+        self._defer(in_ram)
+        self.publish()
+
+    def publish(self) -> None:
+        """Let lookups that are launched from now on see everything that has come and gone."""
+        self.copies.ready()
+        self._table.flush()
 
     def _admit(self, slots: Sequence[int]) -> None:
         """Let those of `slots` stay that are worth it; demote what they displace."""
@@ -203,7 +238,7 @@ class VramTier:
             yield self._bring(call, warm, choose, newcomers, computed)
         for held in lease.arrivals():
             yield self._bring(call, [held], choose, newcomers, computed)
-        self._defer(call, computed)
+        self._defer(self._placement.indices(call.layer, [held.expert for held in computed]))
         call.let_go()
         self._admit(newcomers)
 
@@ -236,31 +271,55 @@ class VramTier:
 
     # -- promotion apart from serving -----------------------------------------------------------
 
-    def _defer(self, call: VramCall, computed: list[Held]) -> None:
+    def _defer(self, experts: NDArray[np.int64]) -> None:
         """Start copies of those computed in RAM that VRAM would keep; nobody waits for them."""
-        deferred = 0
-        for held in self._worth_most_first(call.layer, computed):
-            if deferred == _DEFERRED_PER_LAYER or not self._may_defer(call.record_class):
-                return
-            expert = self._placement.index(call.layer, held.expert)
-            displaced = self.slots.make_place(call.record_class, expert)
-            if displaced is None:
-                return
-            slot = self.slots.take_deferred(call.record_class, expert)
-            self._transfers.demote(displaced)
-            if slot is None:
-                return
-            self._transfers.defer(held.slot, slot)
-            deferred += 1
+        if not len(experts):
+            return
+        worth, pairs = self._placement.policy.worth(experts, self._placement.step), []
+        leases = self._placement.warm.leases
+        try:
+            for expert in experts[np.argsort(-worth, kind="stable")].tolist():
+                record_class = int(self._class_of[expert])
+                home = self._placement.homes.get(expert)
+                if not self._may_defer(record_class, len(pairs)):
+                    break
+                if home is None or home.ticket is not None or expert in self._coming():
+                    continue
+                leases[home.slot] += 1  # what sinks in its place takes another slot
+                pairs.append((home.slot, NOBODY))
+                slot = self._displace_for(expert, record_class)
+                if slot is not None:
+                    pairs[-1] = (home.slot, slot)
+                elif len(self._spare_warm) == 1:
+                    break  # nor any that is worth less
+            chosen = [pair for pair in pairs if pair[1] != NOBODY]
+            if chosen:
+                self._transfers.defer(chosen)
+        finally:
+            for source, _ in pairs:
+                leases[source] -= 1
 
-    def _may_defer(self, record_class: int) -> bool:
+    def _displace_for(self, expert: int, record_class: int) -> int | None:
+        """A slot in VRAM that is for `expert` now; None where it is not worth one."""
+        displaced = self.slots.make_place(record_class, expert)
+        if displaced is None:
+            return None
+        slot = self.slots.take_deferred(record_class, expert)
+        self._transfers.demote(displaced)
+        return slot
+
+    def _may_defer(self, record_class: int, more: int) -> bool:
         """Whether a layer's experts find their slots, above and below, with one more held."""
-        count = len(self._transfers.deferred)
+        count = len(self._transfers.deferred) + more
         return count < min(_MOST_DEFERRED, self._spare_warm[record_class])
+
+    def _coming(self) -> set[int]:
+        """Experts whose deferred copies are under way."""
+        return {int(self._tier.owner[slot]) for slot in self.slots.deferred}
 
     def _land(self, call: VramCall, missing: list[int]) -> list[Arrival]:
         """Those of `missing` that are coming up already, here now; they are taken out of it."""
-        coming = {int(self._tier.owner[slot]) for slot in self._transfers.deferred}
+        coming = self._coming()
         if not coming:
             return []
         index = self._placement.index
@@ -428,8 +487,7 @@ class VramTier:
         self._call = None
         self.slots.sweep()
         self._publish_deferred()
-        self._table.flush()
-        self.copies.ready()
+        self.publish()
 
     def _make_idle(self) -> None:
         """No warm slot is held but by deferred promotions, none is being filled by a copy."""
@@ -482,6 +540,7 @@ class VramTier:
         slots = self.slots.slot_of[self._placement.indices(layer, experts)].tolist()
         absent = [e for e, slot in zip(experts, slots, strict=True) if slot == NOBODY]
         self.residency.look_ahead(layer, absent)
+        self._table.flush()
 
     def warm_up(self, order: Iterable[ExpertKey]) -> None:
         """Fill VRAM with the first of `order` that it can hold; nothing counts as a lookup.

@@ -263,6 +263,7 @@ class VramSlots:
             self._offsets[slot] = tier.slab.offset(tier.memory(slot))
         for expert in np.flatnonzero(self.slot_of != NOBODY).tolist():
             self.table.set(expert, self._offsets[self.slot_of[expert]])
+        self.table.rebase(tier.slab.base.data_ptr())
         self.table.flush()
         self._restore_reserves()
 

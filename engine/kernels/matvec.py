@@ -99,7 +99,7 @@ def grouped(
 
     Assignment a takes row a // `assignments_per_row` of `x` (fp32 [·, in]) and the record at byte
     `slots[a]` (int64 [A], on the device) of `slab` (uint8), with the matrix at byte `offset` in it.
-    Where the slot is −1 nothing is read and nothing is written. With a `gate` other than `none`
+    Where the slot is odd (−1, say) nothing is read and nothing is written. With a `gate` other than `none`
     the matrix is gate and up, and the result [A, out / 2].
     """
     _check(x, geometry)
@@ -244,7 +244,7 @@ def _grouped(
 ):
     assignment = tl.program_id(1)
     slot = tl.multiple_of(tl.load(slots + assignment), 64)
-    if slot < 0:
+    if slot & 1:  # not for this launch, see `lookup`
         return
     record = slab + slot
     token = assignment // assignments_per_row

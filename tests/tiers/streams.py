@@ -4,10 +4,6 @@ import random
 from collections import deque
 from collections.abc import Callable
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from tierrun.tiers.copies import Barrier, Pairs
 
 
@@ -79,10 +75,12 @@ class FakeStreams:
         return self._copy(self.up, pairs)
 
     def aside(self, pairs: Pairs) -> _Copy:
+        self.beside.wait_for(self.compute)
         return self._copy(self.beside, pairs)
 
     def to_host(self, pairs: Pairs) -> _Copy:
         self.down.wait_for(self.up)
+        self.down.wait_for(self.compute)
         return self._copy(self.down, pairs)
 
     def _copy(self, stream: Stream, pairs: Pairs) -> _Copy:
@@ -92,14 +90,6 @@ class FakeStreams:
                 stream.enqueue(lambda to=target[part], of=source[part]: to.copy_(of))
         self._wander()
         return _Copy(stream)
-
-    def scatter(
-        self, table: torch.Tensor, indices: NDArray[np.int64], values: NDArray[np.int64]
-    ) -> None:
-        places, entries = torch.from_numpy(indices.copy()), torch.from_numpy(values.copy())
-        assert len(places.unique()) == len(places)
-        self.up.enqueue(lambda: table.index_copy_(0, places, entries))
-        self._wander()
 
     def ready(self) -> None:
         self.compute.wait_for(self.up)

@@ -20,6 +20,7 @@ from tierrun.io.store import ExpertKey
 from tierrun.tiers.copies import Copy, HostCopies, Pairs
 from tierrun.tiers.memory import OrdinaryMemory
 from tierrun.tiers.residency import Held
+from tierrun.tiers.slottable import IN_PLACE, KIND, InRam
 from tierrun.tiers.tier import SlotState
 from tierrun.tiers.transfers import worth_demoting
 
@@ -111,7 +112,7 @@ def test_a_fetch_waits_for_no_copy() -> None:
     streams = FakeStreams()
     with make_vram(streams) as it:
         step(it, 0, 3, 1)
-        assert streams.up.done == 0 and (it.vram.table == -1).all()
+        assert streams.up.done == 0
         assert it.mirror(0, [3, 1]) == it.letter(0, [3, 1])
 
 
@@ -268,6 +269,61 @@ def test_the_books_of_copies_do_not_grow(kind: str) -> None:
             learn(it, 0, *range(14))
         assert it.rig.counters.demoted_bytes > 20 * PAGE
         assert it.vram.num_copies <= 8
+
+
+# -- found in RAM --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_ram", [InRam.IN_PLACE, InRam.FOR_HOST])
+@kinds
+def test_what_ram_has_is_found_there_and_comes_up_if_it_is_worth_it(
+    kind: str, in_ram: InRam
+) -> None:
+    with make_vram(kind, layers=WIDE, vram=(4,), warm=(12,), in_ram=in_ram) as it:
+        it.rig.prefill(0, [0, 1, 2, 3, 4, 5])
+        assert step(it, 0, 3, 1) == [], "nothing to fetch"
+        assert [key.expert for key in it.computed] == [3, 1]
+        assert it.rig.counters.warm == 2
+        it.vram.check_integrity()
+        assert it.here(0) == {1, 3} and step(it, 0, 1, 3) == []
+        assert it.computed == [] and it.rig.counters.hot == 2
+        for _ in range(10):
+            learn(it, 0, 1, 3)
+        before = it.rig.counters.promoted_bytes
+        assert step(it, 0, 5, 4) == [] and len(it.computed) == 2
+        assert it.rig.counters.promoted_bytes == before, "not worth it"
+
+
+@kinds
+def test_what_leaves_ram_is_found_there_no_more(kind: str) -> None:
+    with make_vram(kind, layers=WIDE, vram=(4,), warm=(3,), in_ram=InRam.IN_PLACE) as it:
+        for first in range(0, 12, 2):
+            step(it, 0, first, first + 1)
+            in_place = {e for e in range(12) if it.letter(0, [e])[0] & KIND == IN_PLACE}
+            assert in_place == it.warm(0) - it.here(0)
+
+
+@kinds
+def test_what_arrives_late_is_found_when_it_is_published(kind: str) -> None:
+    with make_vram(kind, layers=WIDE, vram=(4,), warm=(12,), in_ram=InRam.IN_PLACE) as it:
+        assert it.letter(0, [3, 1]) == [-1, -1]
+        for brought in it.vram.fetch(0, [3, 1], none_copied):
+            it.vram.publish()
+            for held in brought.held:
+                entry = it.letter(0, [held.expert])[0]
+                address = it.vram.base.data_ptr() + entry - IN_PLACE
+                assert address == held.tier.memory(held.slot).data_ptr()
+
+
+def test_many_promotions_at_once_take_each_others_place_nowhere() -> None:
+    """What sinks for one of them must not land on another that is about to rise."""
+    with make_vram(
+        "host", layers=[Experts(24, 8)], vram=(16,), warm=(9,), in_ram=InRam.IN_PLACE
+    ) as it:
+        for turn in range(40):
+            step(it, 0, *{(3 * turn + 5 * k) % 24 for k in range(8)})
+            it.vram.check_integrity()
+            it.check_seen()
 
 
 # -- straight from the drive ---------------------------------------------------------------------
@@ -708,7 +764,7 @@ def test_layers_that_found_everything_are_accounted_for_together(used: list[list
     with make_vram(vram=(18,), warm=(4,)) as it:
         it.vram.warm_up([ExpertKey(layer, e) for layer in range(3) for e in range(6)])
         it.vram.next_step()
-        it.vram.all_hit([(n % 3, np.array(experts)) for n, experts in enumerate(used)])
+        it.vram.served([(n % 3, np.array(experts)) for n, experts in enumerate(used)])
         wanted = {(n % 3, expert) for n, experts in enumerate(used) for expert in experts}
         assert it.rig.counters.hot == len(wanted)
         last = it.rig.placement.policy.worth(np.arange(18), it.rig.placement.step)

@@ -17,6 +17,7 @@ from tierrun.io.errors import CorruptError, ReadError
 from tierrun.io.extent import PAGE
 from tierrun.io.store import ExpertKey
 from tierrun.tiers.copies import Copies, CudaCopies, HostCopies
+from tierrun.tiers.slottable import InRam
 from tierrun.tiers.tier import NOBODY
 
 LAYERS = (Experts(6, 2, pages=2), Experts(5, 2, pages=3), Experts(6, 2, pages=2))
@@ -65,6 +66,7 @@ class VramMachine(RuleBasedStateMachine):
         flips=st.dictionaries(st.tuples(layers, st.integers(0, 4)), st.integers(1, 2), max_size=2),
         seed=st.integers(0, 1000),
         straight=st.booleans(),
+        in_ram=st.sampled_from(InRam),
     )
     def set_up(
         self,
@@ -76,6 +78,7 @@ class VramMachine(RuleBasedStateMachine):
         flips: dict[tuple[int, int], int],
         seed: int,
         straight: bool,
+        in_ram: InRam,
     ) -> None:
         vram, warm = shape
         made = make_vram(
@@ -88,6 +91,7 @@ class VramMachine(RuleBasedStateMachine):
             window=window,
             chunks=chunks,
             straight=straight,
+            in_ram=in_ram,
         )
         self.it = self.resources.enter_context(made)
         self.budget = self.it.vram.nbytes
@@ -110,7 +114,8 @@ class VramMachine(RuleBasedStateMachine):
         experts = of_layer(layer, experts)
         if not experts:
             return
-        missing = [e for e in experts if e not in self.it.here(layer)]
+        known = self.it.here(layer) | (self.it.warm(layer) if self.it.in_place else set())
+        missing = [e for e in experts if e not in known]
         try:
             brought = self.it.decode(layer, experts, patience)
             assert len(set(brought)) == len(brought) and set(brought) <= set(missing)

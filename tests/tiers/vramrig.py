@@ -1,5 +1,6 @@
 """A VRAM tier over a residency made by hand, and the device that reads from it."""
 
+import ctypes
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,9 @@ from tests.tiers.streams import FakeStreams
 from tierrun.io.store import ExpertKey
 from tierrun.tiers.copies import Copies, CudaCopies, HostCopies
 from tierrun.tiers.memory import DeviceMemory, Memory
+from tierrun.tiers.residency import Held
 from tierrun.tiers.slab import Slab
+from tierrun.tiers.slottable import ABSENT, FOR_HOST, IN_PLACE, KIND, InRam
 from tierrun.tiers.staging import BounceBuffers
 from tierrun.tiers.straight import StraightReads
 from tierrun.tiers.tier import NOBODY, SlotState, Tier
@@ -94,35 +97,81 @@ class VramRig:
 
     def decode(self, layer: int, experts: Sequence[int], patience: int = 100) -> list[int]:
         """One layer of a decode, perhaps given up after `patience` lists; what was brought."""
-        offsets = self.letter(layer, experts)
-        assert offsets == self.mirror(layer, experts)
-        found = [Arrival(*pair) for pair in zip(experts, offsets, strict=True) if pair[1] >= 0]
-        self.launch(layer, found)
-        if len(found) == len(experts):
+        entries = self.letter(layer, experts)
+        assert entries == self.expected(layer, experts)
+        self.computed.clear()
+        missing = self._launch_found(layer, experts, entries)
+        if not missing:
             self.unaccounted.append((layer, np.array(experts, dtype=np.int64)))
             return []
         self.account()
+        found = list(self.computed)
+        if len(experts) > self.rig.placement.top_k[layer] and self.in_place:
+            self.copies.synchronize()  # what is read in RAM may be replaced by the first group
+            self.unaccounted.append((layer, np.setdiff1d(experts, missing)))
+            self.account()
+            experts = missing
         brought = []
         for arrived in self.limited(self.fetched(layer, experts), patience):
             self.copies.ready()
             self.launch(layer, arrived)
             brought += [expert for expert, _ in arrived]
-        return brought + [key.expert for key in self.computed]
+        return brought + [key.expert for key in self.computed if key not in found]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether experts are computed in RAM without being fetched."""
+        return self.vram.in_ram is not InRam.HIDDEN
+
+    def _launch_found(
+        self, layer: int, experts: Sequence[int], entries: Sequence[int]
+    ) -> list[int]:
+        """Compute what the device has found, or left to the CPU; what is missing."""
+        missing, here = [], []
+        for expert, entry in zip(experts, entries, strict=True):
+            kind, address = entry & KIND, self.vram.base.data_ptr() + (entry & ~KIND)
+            if kind == ABSENT & KIND:
+                missing.append(expert)
+            elif kind == 0:
+                here.append(Arrival(expert, entry))
+            else:
+                self._read_in_ram(ExpertKey(layer, expert), address, kind == FOR_HOST)
+        self.launch(layer, here)
+        return missing
+
+    def _read_in_ram(self, key: ExpertKey, address: int, at_once: bool) -> None:
+        """By the CPU at once, or by a kernel whenever it runs."""
+        size = len(self.rig.tiny.record(key))
+
+        def look() -> None:
+            memory = torch.frombuffer(bytearray(ctypes.string_at(address, size)), dtype=torch.uint8)
+            self.seen.append((key, memory))
+
+        self.computed.append(key)
+        if at_once:
+            look()
+        else:
+            self._on_compute(look)
 
     def fetched(self, layer: int, experts: Sequence[int]) -> Iterator[list[Arrival]]:
         """What comes up; the rest is computed in RAM, as many as `choose` leaves."""
-        self.computed.clear()
-        for brought in self.vram.fetch(layer, experts, self.choose):
+        if not self.in_place:
+            self.computed.clear()
+        choose = _none if self.in_place else self.choose
+        for brought in self.vram.fetch(layer, experts, choose):
             for held in brought.held:
                 assert held.tier.leases[held.slot] > 0, "not leased"
                 memory, key = held.tier.memory(held.slot), ExpertKey(layer, held.expert)
                 assert memory.numpy().tobytes() == self.rig.tiny.record(key), key
-                self.computed.append(key)
+                if key not in self.computed:
+                    self._read_in_ram(key, memory.data_ptr(), at_once=False)
+            if len(experts) > self.rig.placement.top_k[layer] and self.in_place:
+                self.copies.synchronize()
             if brought.arrived:
                 yield brought.arrived
 
     def account(self) -> None:
-        self.vram.all_hit(self.unaccounted)
+        self.vram.served(self.unaccounted)
         self.unaccounted.clear()
 
     def prefill(
@@ -152,6 +201,19 @@ class VramRig:
     def slots(self, arrived: Sequence[Arrival]) -> list[int]:
         slot_at = {self.vram.slots.offset(s): s for s in range(len(self.tier.owner))}
         return [slot_at[offset] for _, offset in arrived]
+
+    def expected(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """What the table must say."""
+        found = self.mirror(layer, experts)
+        if not self.in_place:
+            return found
+        placement, base = self.rig.placement, self.vram.base.data_ptr()
+        kind = IN_PLACE if self.vram.in_ram is InRam.IN_PLACE else FOR_HOST
+        for place, expert in enumerate(experts):
+            home = placement.home(layer, expert)
+            if found[place] == ABSENT and home and home.ticket is None:
+                found[place] = home.tier.memory(home.slot).data_ptr() - base + kind
+        return found
 
     def mirror(self, layer: int, experts: Sequence[int]) -> list[int]:
         slots = self.vram.slots.slot_of[self.rig.placement.indices(layer, experts)]
@@ -207,6 +269,10 @@ class DriveReads:
         into.copy_(torch.frombuffer(bytearray(image), dtype=torch.uint8))
 
 
+def _none(held: list[Held]) -> int:
+    return 0
+
+
 @contextmanager
 def make_vram(
     copies: Copies | str = "host",
@@ -220,6 +286,7 @@ def make_vram(
     chunks: int = 4,
     memory: Memory | None = None,
     straight: bool = False,
+    in_ram: InRam = InRam.HIDDEN,
 ) -> Iterator[VramRig]:
     """Slots per record class in each tier, as in `make_rig`; `straight` reads past the warm one."""
     made = make_copies(copies) if isinstance(copies, str) else copies
@@ -230,7 +297,7 @@ def make_vram(
         classes = [number for number, count in enumerate(vram) for _ in range(count)]
         for extent, record_class in enumerate(classes):
             tier.assign(extent, record_class)
-        it = VramRig(rig, VramTier(rig.residency, tier, made, window), tier, made)
+        it = VramRig(rig, VramTier(rig.residency, tier, made, window, in_ram), tier, made)
         if straight:
             buffers = BounceBuffers(device_of(made), 2)
             it.vram.straight = StraightReads(rig.tiny.store, it.drive, buffers, 3, lambda: None)
