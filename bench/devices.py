@@ -35,7 +35,7 @@ Exact = Annotated[bool, typer.Option(help="The same bits for any budget.")]
 ContextSize = Annotated[int, typer.Option(help="0: what this run needs.")]
 Ubatch = Annotated[int, typer.Option(help="Tokens of a prompt at once; 0: the engine's default.")]
 Io = Annotated[str, typer.Option(help="The reader.")]
-LaneMode = Annotated[str, typer.Option("--lanes", help="Experts in RAM: auto, copy, cpu.")]
+LaneMode = Annotated[str, typer.Option("--lanes", help="Experts in RAM: auto, gpu, cpu.")]
 Policy = Annotated[str, typer.Option(help="Replacement: lfru, lru, layers.")]
 Threads = Annotated[int, typer.Option(help="0: all cores but one.")]
 Card = Annotated[str, typer.Option(help="As if the card had so much (16GiB): the rest is taken.")]
@@ -56,7 +56,7 @@ class Setting:
     ubatch: int = 0
     io: str = "auto"
     threads: int = 0
-    lanes: str = "copy"
+    lanes: str = "gpu"
     policy: str = "lfru"
 
     def load(self, store: Path) -> Engine:

@@ -3,12 +3,13 @@
     python -m tierrun.bench.gpu_lanes STORE --vram 1%experts
 
 One engine; the modes take turns, so that nothing else differs. *Misses alone*: layers one after
-the other are asked for top-k experts of which VRAM has none, and the device is waited for after
-each; bytes of their records by seconds. *Decode*: the fixed stream of tokens, little in VRAM.
+the other are asked for top-k experts of which VRAM has none, through a recorded graph as in decode,
+and the device is waited for after each; bytes of their records by seconds. *Decode*: the fixed
+stream of tokens, little in VRAM.
 """
 
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -22,6 +23,7 @@ from tierrun.bench.devices import Setting, say, synchronise
 from tierrun.bench.report import Spread, document, emit, open_console, run_script, spread
 from tierrun.bench.stream import token_stream
 from tierrun.engine.engine import Engine
+from tierrun.engine.gpu.graphs import SegmentedGraph
 from tierrun.io.errors import TierrunError
 from tierrun.tiers.lanes import LANES
 from tierrun.tiers.tier import NOBODY
@@ -45,46 +47,63 @@ class Misses:
         self._vram, self._hook = backend.vram, backend.hook
         self._warm = backend.residency.placement
         self._random = np.random.default_rng(0)
+        self._lanes = backend.lanes
+        hidden_size = engine.model.config.get_text_config().hidden_size
+        self._hidden = torch.randn(1, hidden_size, device=device)
+        layers = engine.store.manifest.layers
+        self._chosen = [
+            torch.zeros(1, described.top_k, dtype=torch.int64, device=device)
+            for described in layers
+        ]
+        self._graphs: dict[int, SegmentedGraph] = {}
 
     def sample(self, mode: str, steps: int) -> Sample:
         """`steps` passes over all layers."""
-        self._hook.lanes.mode = mode
+        self._lanes.mode = mode
         before, seconds = self._engine.ledger.snapshot(), 0.0
         for _ in range(steps):
             self._hook.start_forward()
-            seconds += sum(self._serve(*call) for call in self._calls())
+            seconds += sum(map(self._serve, range(len(self._chosen))))
             self._hook.end_forward(1)
         counters = self._engine.ledger.snapshot() - before
-        served = counters.promoted_bytes + counters.computed_bytes
+        served = counters.zero_copy_bytes + counters.computed_bytes
         return Sample(served / seconds, counters.computed_bytes / max(1, served))
-
-    def _calls(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        manifest = self._engine.store.manifest
-        hidden_size = self._engine.model.config.get_text_config().hidden_size
-        for layer, described in enumerate(manifest.layers):
-            experts = self._in_ram_only(layer)
-            if len(experts) >= described.top_k:
-                chosen = self._random.choice(experts, described.top_k, replace=False)
-                hidden = torch.randn(1, hidden_size, device=self._device)
-                yield layer, hidden, torch.tensor([chosen.tolist()], device=self._device)
 
     def _in_ram_only(self, layer: int) -> np.ndarray:
         first, last = self._warm.first[layer : layer + 2].tolist()
         absent = np.flatnonzero(self._vram.slots.slot_of[first:last] == NOBODY)
         return np.array([expert for expert in absent if first + int(expert) in self._warm.homes])
 
-    def _serve(self, layer: int, hidden: torch.Tensor, top_k: torch.Tensor) -> float:
+    def _serve(self, layer: int) -> float:
+        """Seconds for one layer, if enough of its experts are in RAM only."""
+        experts, chosen = self._in_ram_only(layer), self._chosen[layer]
+        if len(experts) < chosen.numel():
+            return 0.0
+        picked = self._random.choice(experts, chosen.numel(), replace=False)
+        chosen.copy_(torch.tensor([picked.tolist()]))
+        graph = self._graph(layer)
         synchronise(self._device)
         started = time.perf_counter()
-        self._hook(layer, hidden, top_k)
+        graph.replay()
         synchronise(self._device)
         return time.perf_counter() - started
+
+    def _graph(self, layer: int) -> SegmentedGraph:
+        """The layer's experts alone, recorded after a first pass."""
+        if layer not in self._graphs:
+            graph = self._graphs[layer] = SegmentedGraph()
+            work = partial(self._hook, layer, self._hidden, self._chosen[layer])
+            work()
+            self._hook.cut = graph.cut
+            graph.record(work)
+            self._hook.cut = None
+        return self._graphs[layer]
 
 
 def decode_speed(engine: Engine, mode: str, stream: list[int], position: int, count: int) -> float:
     """Tokens per second over `count` tokens of `stream` from `position` on."""
     backend: Any = engine.backend
-    backend.hook.lanes.mode = mode
+    backend.lanes.mode = mode
     fixed = stream[position : position + count + 1]
     records = engine.generate(
         stream[position - PROMPT : position], len(fixed), fixed=fixed, ignore_eos=True
@@ -145,18 +164,18 @@ def main(
     tokens: Annotated[int, typer.Option(min=2, help="Decoded per turn.")] = 32,
     json_file: devices.JsonFile = None,
 ) -> None:
-    """Measure the copy lane, the CPU lane, and both."""
+    """Measure the GPU reading in place, the CPU, and both."""
     devices.check_device(device)
     setting = Setting(
         device, vram, ram, context=2 * PROMPT, ubatch=PROMPT, io=io, threads=threads, lanes="auto"
     )
     with setting.load(store) as engine:
-        lanes = getattr(engine.hook, "lanes", None)
+        lanes = getattr(engine.backend, "lanes", None)
         if lanes is None:
             raise TierrunError("this engine has no CPU lane; see what it says when it loads")
         found = measure(engine, device, rounds, steps, tokens)
-        costs = {"copy": lanes.copy.text(), "cpu": lanes.cpu.text()}
-    best = max(found[mode]["bytes_per_second"]["median"] for mode in ("copy", "cpu"))
+        costs = lanes.text()
+    best = max(found[mode]["bytes_per_second"]["median"] for mode in ("gpu", "cpu"))
     ratio = found["auto"]["bytes_per_second"]["median"] / best
     open_console().print(table(found, f"{store.name}, {vram} in VRAM"))
     say(f"both lanes are {ratio:.2f} x the better one alone; fitted: {costs}")

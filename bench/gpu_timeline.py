@@ -231,7 +231,7 @@ def main(
     device: devices.Device = "cuda",
     vram: devices.VramBudget = "20%experts",
     ram: devices.RamBudget = "auto",
-    lanes: devices.LaneMode = "copy",
+    lanes: devices.LaneMode = "gpu",
     io: devices.Io = "auto",
     threads: devices.Threads = 0,
     prompt: Annotated[int, typer.Option(min=16, help="Tokens of the chunk.")] = 2048,

@@ -17,7 +17,7 @@ class Options:
 
     `device` is `auto`, `cpu`, `cuda` or `cuda:N`. `context` 0 means the model's own maximum (on a
     GPU at most 8192); `lanes` says who computes experts in RAM beside a GPU: the CPU where they
-    lie, the GPU after a copy, or (`auto`) both by cost; `threads` 0 all cores but one, which is
+    lie, the GPU over its bus, or (`auto`) both by cost; `threads` 0 all cores but one, which is
     left to the reads; `depth` is reads in flight per directory, in parts of records. `exact` fixes
     every kernel and computes nothing on the CPU beside a GPU, so that logits are the same bits
     whatever the budgets; `compile` and `graphs` concern the GPU's decode.
@@ -38,7 +38,7 @@ class Options:
     depth: int = DEFAULT_DEPTH
     strict: bool = False
     exact: bool = False
-    lanes: str = "copy"
+    lanes: str = "gpu"
     compile: str = "auto"
     graphs: bool = True
 

@@ -61,6 +61,9 @@ class Copies(Protocol):
     def computed(self) -> Barrier:
         """A barrier at what the compute stream has been given so far."""
 
+    def is_computing(self) -> bool:
+        """Whether the compute stream has something left to do."""
+
     def synchronize(self) -> None:
         """Block until the device has nothing left to do: no copy and no kernel."""
 
@@ -99,6 +102,10 @@ class HostCopies:
     def computed(self) -> Barrier:
         """See `Copies`."""
         return _nothing
+
+    def is_computing(self) -> bool:
+        """See `Copies`."""
+        return False
 
     def synchronize(self) -> None:
         """See `Copies`."""
@@ -161,6 +168,11 @@ class CudaCopies:
         event = _Event()
         event.record(self._compute())
         return lambda: self._up.wait_event(event)
+
+    def is_computing(self) -> bool:
+        """See `Copies`."""
+        query: Callable[[], bool] = self._compute().query
+        return not query()
 
     def synchronize(self) -> None:
         """See `Copies`."""

@@ -1,16 +1,21 @@
-"""Who computes an expert that lies in RAM: the CPU, on the spot, or the GPU, after a copy.
+"""Who computes an expert that lies in RAM: the CPU, on the spot, or the GPU, over its bus.
 
 The two work at the same time, so what counts is the one that ends last. Both costs are straight
-lines in the bytes, seconds = start + bytes · slope, fitted to what was measured and refitted as it
-runs, the newest counting most. (Fiddler has the idea with constants and minimises the sum of both;
-llama.cpp's --n-cpu-moe splits by layers once and for all.)
+lines in the bytes, seconds = start + bytes · slope, fitted at the start, and corrected as it runs:
+the CPU's by what it takes, the GPU's by who has ended last. (Fiddler has the idea with constants
+and minimises the sum of both; llama.cpp's --n-cpu-moe splits by layers once and for all.)
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 _MEMORY = 0.98
 """Share of a fit that is kept at each new measurement: some fifty count."""
+
+_CORRECTION, _MOST_CORRECTION = 1.01, 4.0
+"""Of the GPU's slope each time that one lane was later, and in all."""
+
+_EVERY = 16
+"""Forward passes between two looks at whether the split is still the best."""
 
 
 @dataclass(slots=True)
@@ -67,26 +72,49 @@ class Cost:
         return f"{self.start * 1e6:.0f} us + {speed}"
 
 
-LANES = ("auto", "copy", "cpu")
+LANES = ("auto", "gpu", "cpu")
 """Both by cost; or only one of them."""
 
 
 class Lanes:
     """Splits the experts that RAM has between the two; `mode` is one of `LANES`."""
 
-    def __init__(self, copy: Cost, cpu: Cost, mode: str = "auto") -> None:
-        self.copy, self.cpu, self.mode = copy, cpu, mode
+    def __init__(self, gpu: Cost, cpu: Cost, mode: str = "auto") -> None:
+        self.gpu, self.cpu, self.mode = gpu, cpu, mode
+        self._correction, self._passes, self._shared = 1.0, 0, ""
 
-    def num_copied(self, nbytes: Sequence[int], work: Sequence[int]) -> int:
-        """How many to copy, the first ones, while the CPU computes the others.
-
-        `nbytes` are what each takes to copy, `work` what it takes to compute: its bytes, once per
-        token that wants it.
-        """
+    def cpu_share(self, number: int, nbytes: int) -> int:
+        """Of `number` experts of `nbytes` each, how many the CPU computes."""
         if self.mode != "auto":
-            return len(nbytes) if self.mode == "copy" else 0
-        ends = [
-            max(self.copy.seconds(sum(nbytes[:count])), self.cpu.seconds(sum(work[count:])))
-            for count in range(len(nbytes) + 1)
-        ]
-        return ends.index(min(ends))
+            return number if self.mode == "cpu" else 0
+        balanced = self._balanced(number, nbytes)
+        shares = sorted({max(0, min(share, number)) for share in (0, balanced, balanced + 1)})
+        return min(shares, key=lambda share: self._seconds(number, share, nbytes))
+
+    def _balanced(self, number: int, nbytes: int) -> int:
+        """The share, rounded down, with which both would end at the same time."""
+        gpu, cpu = self._correction * nbytes * self.gpu.slope, nbytes * self.cpu.slope
+        later = self._correction * self.gpu.start - self.cpu.start
+        return int((number * gpu + later) / (gpu + cpu)) if gpu + cpu > 0 else 0
+
+    def _seconds(self, number: int, share: int, nbytes: int) -> float:
+        gpu = self.gpu.seconds((number - share) * nbytes) * self._correction
+        return max(gpu, self.cpu.seconds(share * nbytes))
+
+    def balance(self, *, gpu_was_last: bool) -> None:
+        """Both have computed a part, and which of them has ended last."""
+        factor = _CORRECTION if gpu_was_last else 1 / _CORRECTION
+        corrected = self._correction * factor
+        self._correction = min(max(corrected, 1 / _MOST_CORRECTION), _MOST_CORRECTION)
+
+    def has_changed(self) -> bool:
+        """Whether to ask for the shares anew; to be called once per forward pass."""
+        self._passes += 1
+        if self._shared == self.mode and (self.mode != "auto" or self._passes % _EVERY):
+            return False
+        self._shared = self.mode
+        return True
+
+    def text(self) -> str:
+        """Both costs, for people."""
+        return f"the CPU {self.cpu.text()}, the GPU {self.gpu.text()} × {self._correction:.2f}"

@@ -17,7 +17,8 @@ class Counters:
 
     A lookup is one expert wanted by one layer for one forward pass; it counts for the tier that
     held the expert, `cold` when its bytes came from the store for this use (read ahead or not).
-    `computed` is what the CPU computed for a GPU, where the experts lay.
+    `computed` is what the CPU computed for a GPU, where the experts lay; `zero_copy` what the GPU
+    read there over its bus.
     """
 
     hot: int = 0
@@ -27,6 +28,7 @@ class Counters:
     promoted_bytes: int = 0
     demoted_bytes: int = 0
     computed_bytes: int = 0
+    zero_copy_bytes: int = 0
     wait_seconds: float = 0.0
     copy_seconds: float = 0.0
     computed_seconds: float = 0.0

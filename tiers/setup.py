@@ -30,12 +30,13 @@ _LEAST_CHUNKS, _CHUNK_BYTES = 8, 256 << 20
 class DeviceTiers(NamedTuple):
     """The tiers of an engine on a GPU: `hot` in VRAM, `warm` in pinned memory where reads land.
 
-    `none` is the empty hot tier of the residency below.
+    `none` is the empty hot tier of the residency below. `in_place`: kernels can read `warm`.
     """
 
     hot: Tier
     warm: Tier
     none: Tier
+    in_place: bool
 
 
 def make_tiers(manifest: Manifest, vram: Budget, ram: Budget) -> tuple[Tier, Tier]:
@@ -74,12 +75,14 @@ def make_device_tiers(
     hot = _plan("--vram", manifest, vram, landing=True)
     warm = _plan("--ram, in which reads land", manifest, ram, landing=True)
     on_gpu = device.type == "cuda"
-    pinned = PinnedMemory(device, strict=strict) if on_gpu else OrdinaryMemory()
+    pinned = PinnedMemory(device, strict=strict)
     nothing = TierPlan(hot.extent_bytes, ())
+    below = _make_tier("warm", manifest, ram, warm, pinned if on_gpu else OrdinaryMemory())
     return DeviceTiers(
         _make_tier("hot", manifest, vram, hot, DeviceMemory(device), _num_chunks(hot)),
-        _make_tier("warm", manifest, ram, warm, pinned),
+        below,
         _make_tier("none", manifest, Budget(0, ""), nothing, OrdinaryMemory()),
+        not on_gpu or pinned.is_read_in_place(below.slab.base),
     )
 
 

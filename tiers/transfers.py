@@ -41,21 +41,16 @@ class _Promotion(NamedTuple):
 
     copy: Copy
     sources: list[int]
-    nbytes: int
 
 
 class Transfers:
-    """The copies of one VRAM tier under way, and the slots that they hold.
-
-    `observe` is told of every batch of promotions that somebody waited for: bytes and seconds.
-    """
+    """The copies of one VRAM tier under way, and the slots that they hold."""
 
     def __init__(
         self, placement: Placement, slots: VramSlots, copies: Copies, ledger: Ledger
     ) -> None:
         self._placement, self._slots, self._copies = placement, slots, copies
         self._warm, self._counters = placement.warm, ledger.counters
-        self.observe: Callable[[int, float], None] = _unobserved
         self._promotions: deque[_Promotion] = deque()
         self._held = 0
         """Warm slots in `_promotions`."""
@@ -79,24 +74,21 @@ class Transfers:
         copy = enqueue(up)
         for source in sources:
             self._warm.leases[source] += 1
-        nbytes = sum(target.numel() for target, _ in up)
-        self._counters.promoted_bytes += nbytes
-        return _Promotion(copy, sources, nbytes)
+        self._counters.promoted_bytes += sum(target.numel() for target, _ in up)
+        return _Promotion(copy, sources)
 
     def reap(self, most: int = 0) -> None:
         """Wait until at most `most` warm slots are held."""
         while self._held > most or (self._promotions and not self._promotions[0].sources):
             promotion = self._promotions.popleft()
-            self.observe(promotion.nbytes, self._end(promotion))
+            self._end(promotion)
             self._held -= len(promotion.sources)
 
-    def _end(self, promotion: _Promotion) -> float:
-        """Wait for it, and let its warm slots go; the seconds that it took."""
-        seconds = promotion.copy.wait()
-        self._counters.copy_seconds += seconds
+    def _end(self, promotion: _Promotion) -> None:
+        """Wait for it, and let its warm slots go."""
+        self._counters.copy_seconds += promotion.copy.wait()
         for source in promotion.sources:
             self._warm.leases[source] -= 1
-        return seconds
 
     def defer(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy warm slots up into FILLING slots in VRAM, beside everything; all stay held."""
@@ -208,7 +200,3 @@ class Transfers:
                     self._placement.vacate(slot)
                     return True
         return False
-
-
-def _unobserved(nbytes: int, seconds: float) -> None:
-    pass

@@ -115,10 +115,6 @@ class VramTier:
         needed = max((k for number, k in pairs if number == record_class), default=0) + 1
         return placement.warm.num_slots_of(record_class) - needed
 
-    def observe_copies(self, observer: Callable[[int, float], None]) -> None:
-        """`observer` is told the bytes and seconds of every batch of copies to the device."""
-        self._transfers.observe = observer
-
     @property
     def base(self) -> torch.Tensor:
         """uint8; the address that offsets count from. It stays the same but for `grow`."""
@@ -184,7 +180,7 @@ class VramTier:
         if len(unproven):
             self._admit(unproven.tolist())
         self._publish_deferred()
-        self._defer(in_ram)
+        self._defer(in_ram[self.slots.slot_of[in_ram] == NOBODY])
         self.publish()
 
     def publish(self) -> None:
@@ -275,7 +271,8 @@ class VramTier:
         """Start copies of those computed in RAM that VRAM would keep; nobody waits for them."""
         if not len(experts):
             return
-        worth, pairs = self._placement.policy.worth(experts, self._placement.step), []
+        worth = self._placement.policy.worth(experts, self._placement.step)
+        pairs = list[tuple[int, int]]()
         leases = self._placement.warm.leases
         try:
             for expert in experts[np.argsort(-worth, kind="stable")].tolist():

@@ -118,7 +118,7 @@ def run(
     ] = False,
     lanes: Annotated[
         str,
-        typer.Option("--lanes", help="Experts in RAM, beside a GPU: auto, copy, cpu."),
+        typer.Option("--lanes", help="Experts in RAM, beside a GPU: auto, gpu, cpu."),
     ] = _DEFAULT.lanes,
     compile_: Annotated[
         str, typer.Option("--compile", help="torch.compile on the GPU: auto, on, off.")

@@ -54,14 +54,12 @@ from tierrun.tiers.setup import (
     spare_bytes,
 )
 from tierrun.tiers.slab import host_bytes
+from tierrun.tiers.slottable import InRam
 from tierrun.tiers.straight import StraightReads
 from tierrun.tiers.tier import Tier
 from tierrun.tiers.vram import VramTier
 
 log = logging.getLogger(__name__)
-
-_LAUNCHES = 30e-6
-"""Seconds until what has been copied is computed, beside the copies themselves."""
 
 
 class _Workspace(NamedTuple):
@@ -124,10 +122,12 @@ class GpuBackend:
             )
         )
         window = prefill_window(store, tiers.warm, options.depth)
-        self.vram = VramTier(self.residency, tiers.hot, copies, window)
+        in_ram = self._in_ram(tiers)
+        self.vram = VramTier(self.residency, tiers.hot, copies, window, in_ram)
         self.vram.straight = self._straight()
         self._warm = tiers.warm
         self.hook = DeviceExperts(self.model, store.manifest, self.vram, device)
+        self.lanes: Lanes | None = None
         self._host = self._host_lane(ledger, tiers)
         self._runner = DeviceRunner(
             self.model,
@@ -157,32 +157,46 @@ class GpuBackend:
         log.info("experts not expected back go straight into VRAM (%s)", measured.reason)
         return open_straight(self._store, self._options, self._device, measured.to_device)
 
+    def _in_ram(self, tiers: DeviceTiers) -> InRam:
+        """Who computes what RAM has and VRAM has not, without a copy."""
+        if tiers.in_place:
+            return InRam.IN_PLACE
+        log.warning("the GPU cannot read RAM in place: it gets copies of what VRAM lacks")
+        return InRam.HIDDEN if self._lane_mode == "gpu" else InRam.FOR_HOST
+
+    @property
+    def _lane_mode(self) -> str:
+        return "gpu" if self._options.exact else self._options.lanes
+
     def _host_lane(self, ledger: Ledger, tiers: DeviceTiers) -> HostLane | None:
         """The CPU's part in what VRAM lacks, calibrated; None where it has none, said why."""
-        mode = "copy" if self._options.exact else self._options.lanes
-        if mode == "copy" or tiers.hot.num_slots >= self._store.manifest.num_experts:
+        if self._lane_mode == "gpu" or tiers.hot.num_slots >= self._store.manifest.num_experts:
             return None
-        layouts = self.hook.layouts
+        layouts, manifest = self.hook.layouts, self._store.manifest
         obstacle = next(filter(None, map(supported, dict.fromkeys(layouts))), None)
         if obstacle is not None:
             log.warning("the CPU computes none of what VRAM lacks: %s", obstacle)
             return None
-        top_k = max(layer.top_k for layer in self._store.manifest.layers)
+        top_k = max(layer.top_k for layer in manifest.layers)
         host = HostLane(
             layouts,
+            [manifest.class_of(layer).nbytes for layer in range(len(layouts))],
             DECODE_TOKENS,
             DECODE_TOKENS * top_k,
             self._options.num_threads,
             ledger.counters,
             pinned=self._device.type == "cuda",
         )
-        for number in range(len(self._store.manifest.classes)):
+        gpu = Cost(start=10e-6, slope=1 / 25e9)  # where it is not measured
+        for number in range(len(manifest.classes)):
             layer = self.residency.placement.class_of_layer.index(number)
-            host.calibrate(_free_slots(tiers.warm, number, top_k), layer)
-        lanes = Lanes(Cost(start=40e-6, slope=1 / 25e9), host.cost, mode)
-        self.vram.observe_copies(lambda n, seconds: lanes.copy.observe(n, seconds + _LAUNCHES))
-        self.hook.use_lanes(host, lanes)
-        log.info("lanes: an expert in RAM takes the CPU %s", host.cost.text())
+            free = _free_slots(tiers.warm, number, top_k)
+            host.calibrate(free, layer)
+            if tiers.in_place:
+                self.hook.calibrate(gpu, free, layer)
+        self.lanes = Lanes(gpu, host.cost, self._lane_mode)
+        self.hook.use_lanes(host, self.lanes)
+        log.info("lanes: experts in RAM take %s", self.lanes.text())
         return host
 
     def _make_tiers(self, store: Store, workspace: int) -> tuple[DeviceTiers, Copies]:
@@ -265,9 +279,8 @@ class GpuBackend:
 
     def close(self) -> None:
         """See `Backend`."""
-        lanes = self.hook.lanes
-        if self._host is not None and lanes is not None:
-            log.info("lanes: the CPU %s, copies %s", lanes.cpu.text(), lanes.copy.text())
+        if self.lanes is not None:
+            log.info("lanes: experts in RAM took %s", self.lanes.text())
         self.vram.close()
         if self.vram.straight is not None:
             self.vram.straight.close()

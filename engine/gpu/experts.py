@@ -1,10 +1,11 @@
 """The experts on the device: what transformers calls instead of its own, for every architecture.
 
-Decode (up to 8 tokens): the device looks up by itself which of the experts its router has chosen
-lie in VRAM, computes those at once and tells the host; the host reads the letter while they compute
-and sees to the missing ones: they are copied into slots and computed by the same kernels. Outputs
-are kept apart by top-k slot and summed in that order afterwards, so the result does not depend on
-where an expert was. Prefill streams every expert of the layer through VRAM once.
+Decode (up to 8 tokens): the device looks up by itself where the experts lie that its router has
+chosen, computes those in VRAM and those that it can read in RAM at once, and tells the host. The
+host reads the letter while they compute, and sees to the others: what is read from the store, or
+copied, is computed by the same kernels when it has come; what is left to the CPU is computed there
+meanwhile. Outputs are kept apart by top-k slot and summed in that order afterwards, so the result
+does not depend on where an expert was. Prefill streams every expert of the layer through VRAM once.
 """
 
 import time
@@ -24,26 +25,32 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from tierrun.engine.architecture import experts_modules
 from tierrun.engine.experts import Interrupted
 from tierrun.engine.gpu.compute import ExpertCompute, Prefill
+from tierrun.engine.gpu.graphs import HostStep, Work, graph_seconds
 from tierrun.engine.gpu.hostlane import HostLane
 from tierrun.engine.gpu.layout import ExpertLayout, expert_layout
 from tierrun.engine.gpu.letters import Letter, Mailboxes
 from tierrun.engine.gpu.ops import DECODE_TOKENS, weighted_sum
-from tierrun.engine.kernels.lookup import look_up
+from tierrun.engine.kernels.geometry import COLUMNS, ROWS
+from tierrun.engine.kernels.lookup import look_up, look_up_late
 from tierrun.io.store import Manifest
 from tierrun.io.timeline import HOST, span
-from tierrun.tiers.lanes import Lanes
+from tierrun.tiers.lanes import Cost, Lanes
 from tierrun.tiers.ledger import LayerTiming
 from tierrun.tiers.residency import Held
-from tierrun.tiers.vram import Arrival, VramTier
+from tierrun.tiers.slottable import ABSENT, FOR_HOST, IN_PLACE, KIND, InRam
+from tierrun.tiers.vram import VramTier
 
 DEVICE_EXPERTS = "tierrun_device"
 """The name of our function in transformers' ExpertsInterface."""
 
-Cut = Callable[[Callable[[], None]], None]
-"""Ends the graph that is being recorded; the host step given follows it."""
+Cut = Callable[[HostStep, Work], None]
+"""Ends the graph that is being recorded; the host step given follows it, with work beside."""
 
 _SEEDING = 8
 """Last tokens of a prompt's chunk whose choices count as used: what decode is likely to want."""
+
+_TRIALS = 3
+"""Of the same number of experts in RAM, when the cost of reading them is measured."""
 
 _keys = count()
 _layers: "dict[int, tuple[ReferenceType[DeviceExperts | NoExperts], int]]" = {}
@@ -52,12 +59,17 @@ _layers: "dict[int, tuple[ReferenceType[DeviceExperts | NoExperts], int]]" = {}
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One decode call of an experts layer: its input, and what is computed into."""
+    """One decode call of an experts layer: what is computed from, and into."""
 
     layer: int
     hidden: torch.Tensor
+    top_k: torch.Tensor
+    slots: torch.Tensor
     outputs: torch.Tensor
-    assignments: int
+
+    @property
+    def assignments(self) -> int:
+        return self.top_k.numel()
 
 
 class DeviceExperts:
@@ -74,13 +86,18 @@ class DeviceExperts:
             for layer, module in enumerate(modules)
         ]
         most = DECODE_TOKENS * max(layer.top_k for layer in manifest.layers)
-        self._mailboxes = Mailboxes(len(modules), most, pinned=device.type == "cuda")
-        self._staging = _Staging(most, device)
-        self._unaccounted: list[tuple[int, NDArray[np.int64]]] = []
+        pinned = device.type == "cuda"
+        self._mailboxes = Mailboxes(len(modules), most, pinned=pinned)
+        self._shares = torch.zeros(
+            len(manifest.classes), most + 1, dtype=torch.int64, pin_memory=pinned
+        )
+        self._unaccounted: list[tuple[int, Letter]] = []
         sizes = [len(layer.records) for layer in manifest.layers]
         counts = torch.zeros(sum(sizes), dtype=torch.int64)
         self.usage = list(torch.split(counts, sizes))
         self._counts, self._first = counts.numpy(), np.cumsum([0, *sizes])
+        nbytes = [manifest.class_of(layer).nbytes for layer in range(len(sizes))]
+        self._record_bytes: NDArray[np.int64] = np.array(nbytes)
         self.interrupted = False
         self.cut: Cut | None = None
         self.lanes: Lanes | None = None
@@ -94,16 +111,38 @@ class DeviceExperts:
         return [compute.layout for compute in self._compute]
 
     def use_lanes(self, host: HostLane, lanes: Lanes) -> None:
-        """Have `host` compute what `lanes` does not want copied; before the first forward pass."""
+        """Have `host` compute what `lanes` leaves to it; before the first forward pass."""
         self._host, self.lanes = host, lanes
+
+    def calibrate(self, cost: Cost, records: Sequence[torch.Tensor], layer: int) -> None:
+        """Fit `cost` to products of `layer` with `records`, free memory that the device reads."""
+        if self._device.type != "cuda":
+            return
+        base, compute = self._vram.base, self._compute[layer]
+        hidden = torch.zeros(1, compute.layout.first[0].matrix[COLUMNS], device=self._device)
+        outputs = hidden.new_empty(len(records), compute.layout.down.matrix[ROWS])
+        places = [record.data_ptr() - base.data_ptr() for record in records]
+        slots = torch.tensor(places, device=self._device)
+        for number in range(1, len(records) + 1):
+            work = partial(compute.decode, hidden, base, slots[:number], outputs[:number])
+            for seconds in graph_seconds(work, _TRIALS):
+                cost.observe(number * len(records[0]), seconds)
 
     def start_forward(self) -> None:
         """A forward pass begins: what is not serving misses counts as resident from here."""
         self._vram.next_step()
+        if self.lanes is not None:
+            self._share_out(self.lanes)
         self._last_end = time.perf_counter()
 
+    def _share_out(self, lanes: Lanes) -> None:
+        """Tell the device how many of so many experts in RAM it is to leave to the CPU."""
+        if lanes.has_changed():
+            for shares, described in zip(self._shares.numpy(), self._manifest.classes, strict=True):
+                shares[:] = [lanes.cpu_share(n, described.nbytes) for n in range(len(shares))]
+
     def end_forward(self, tokens: int) -> None:
-        """It is over; the policy learns of the layers that had everything."""
+        """It is over."""
         self._account()
         self._time(len(self._manifest.layers), tokens, time.perf_counter(), 0.0, 0)
 
@@ -133,32 +172,44 @@ class DeviceExperts:
     ) -> None:
         """Look up, compute what is there, and let the host see to the rest."""
         slots = torch.empty(top_k.numel(), dtype=torch.int64, device=self._device)
+        call = _Call(layer, hidden, top_k, slots, outputs)
         told = () if self._host is None else (hidden, self._host.hidden)
-        look_up(self._vram.table_of(layer), top_k, slots, self._mailboxes.memory(layer), *told)
+        shares = self._shares[self._manifest.layers[layer].record_class]
+        box = self._mailboxes.memory(layer)
+        look_up(self._vram.table_of(layer), top_k, slots, box, shares, *told)
         self._compute[layer].decode(hidden, self._vram.base, slots, outputs)
-        call = _Call(layer, hidden, outputs, top_k.numel())
+        late = partial(self._compute_late, call)
         if self.cut is not None:
-            self.cut(lambda: self._serve(call))
+            self.cut(partial(self._serve, call), late)
         else:
-            self._serve(call)
+            self._serve(call, late)
 
-    def _serve(self, call: _Call) -> None:
-        """The host's part of a layer: nothing, where everything was in VRAM."""
+    def _compute_late(self, call: _Call) -> None:
+        """Enqueue what has come since the lookup: records for the device, results of the CPU."""
+        found = torch.empty_like(call.slots)
+        look_up_late(self._vram.table_of(call.layer), call.top_k, call.slots, found)
+        self._compute[call.layer].decode(call.hidden, self._vram.base, found, call.outputs)
+        if self._host is not None:
+            self._host.join(call.outputs)
+
+    def _serve(self, call: _Call, late: Work) -> None:
+        """The host's part of a layer: nothing, where the device had everything."""
         if self.interrupted:
             raise Interrupted
         with span(HOST, f"layer {call.layer}: waits for the letter"):
             letter = self._mailboxes.wait(call.layer, call.assignments)
-        if letter.slots.min() >= 0:
-            self._unaccounted.append((call.layer, letter.experts))
-            return
-        self._account()
-        started, counters = time.perf_counter(), self._ledger.counters
-        waited, read = counters.wait_seconds, counters.cold
-        with span(HOST, f"layer {call.layer}: serves misses"):
-            self._fetch(call, letter)
-        nbytes = (counters.cold - read) * self._manifest.class_of(call.layer).nbytes
-        waited = counters.wait_seconds - waited
-        self._time(call.layer, len(call.hidden), started, waited, nbytes)
+        if (letter.entries & 1).any():
+            started, counters = time.perf_counter(), self._ledger.counters
+            waited, read = counters.wait_seconds, counters.cold
+            with span(HOST, f"layer {call.layer}: serves misses"):
+                self._serve_rest(call, letter, late)
+            nbytes = (counters.cold - read) * self._manifest.class_of(call.layer).nbytes
+            waited = counters.wait_seconds - waited
+            self._time(call.layer, len(call.hidden), started, waited, nbytes)
+        else:
+            self._unaccounted.append((call.layer, letter))
+        if call.layer + 1 == len(self._compute):
+            self._account()  # while the device is still busy
 
     def _time(self, layer: int, tokens: int, started: float, waited: float, nbytes: int) -> None:
         """Note a layer that had misses: the time before it, and what serving them took."""
@@ -176,50 +227,72 @@ class DeviceExperts:
         self._ledger.timings.append(timing)
         self._last_end = now
 
-    def _fetch(self, call: _Call, letter: Letter) -> None:
-        """Compute the assignments that had no slot, in VRAM and in RAM, as their experts come."""
+    def _serve_rest(self, call: _Call, letter: Letter, late: Work) -> None:
+        """See to the assignments that the device could not compute by itself."""
+        kinds = letter.entries & KIND
+        by_host = np.flatnonzero(kinds == FOR_HOST)
+        if self._host is not None:
+            self._host.reset()
+            if len(by_host):
+                addresses = self._vram.addresses[self._first[call.layer] + letter.experts[by_host]]
+                top_k = call.assignments // len(call.hidden)
+                self._host.start(call.layer, by_host, addresses, top_k)
+        absent = set(letter.experts[kinds == ABSENT & KIND].tolist())
+        if absent:
+            self._fetch(call, letter, absent, late)
+        else:
+            self._unaccounted.append((call.layer, letter))
+        if self._host is not None and len(by_host):
+            self._host.finish()
+            if self.lanes is not None and not absent and (kinds == IN_PLACE).any():
+                self.lanes.balance(gpu_was_last=self._vram.copies.is_computing())
+            late()
+
+    def _fetch(self, call: _Call, letter: Letter, absent: set[int], late: Work) -> None:
+        """Bring the experts `absent`; compute each as it comes."""
+        vram, wanted = self._vram, list(dict.fromkeys(letter.experts.tolist()))
         self._count([(call.layer, letter.experts)])
-        wanted = list(dict.fromkeys(letter.experts.tolist()))
-        if self._host is None or self.lanes is None:
-            for arrived, _ in self._vram.fetch(call.layer, wanted):
-                self._launch(call, letter, arrived)
-            return
-        host, choose = self._host, partial(self._num_copied, self.lanes, call.layer, letter)
-        host.begin()
-        for arrived, held in self._vram.fetch(call.layer, wanted, choose):
-            if held:
-                host.start(call.layer, held, letter.experts, call.assignments // len(call.hidden))
-            self._launch(call, letter, arrived)
-            if held:
-                host.finish(call.outputs)
+        many = len(wanted) > self._manifest.layers[call.layer].top_k
+        if vram.in_ram is InRam.FOR_HOST or (many and vram.in_ram is InRam.IN_PLACE):
+            self._leave_to(call, letter, absent)
+            wanted = [expert for expert in wanted if expert in absent]
+        choose = _none_copied if vram.in_ram is InRam.IN_PLACE else None
+        for arrived, held in vram.fetch(call.layer, wanted, choose):
+            come = {one.expert for one in arrived} | {one.expert for one in held}
+            if absent.isdisjoint(come):
+                continue  # these are read in place already
+            vram.publish()
+            late()
+            nbytes = self._record_bytes[call.layer] * len(held)
+            self._ledger.counters.zero_copy_bytes += int(nbytes)
+            if many and vram.in_ram is InRam.IN_PLACE:
+                vram.copies.synchronize()
 
-    def _launch(self, call: _Call, letter: Letter, arrived: Sequence[Arrival]) -> None:
-        """Compute, on the device, the assignments that want what has just come."""
-        slots = np.full(call.assignments, -1, dtype=np.int64)
-        for expert, offset in arrived:
-            slots[(letter.experts == expert) & (letter.slots < 0)] = offset
-        if (slots < 0).all():
-            return
-        self._vram.copies.ready()
-        places = self._staging.upload(slots)
-        self._compute[call.layer].decode(call.hidden, self._vram.base, places, call.outputs)
-
-    def _num_copied(self, lanes: Lanes, layer: int, letter: Letter, held: list[Held]) -> int:
-        """Of experts in RAM, how many go up; the CPU has one product per token that wants it."""
-        tokens = [int((letter.experts == one.expert).sum()) for one in held]
-        nbytes = self._manifest.class_of(layer).nbytes
-        return lanes.num_copied([nbytes] * len(held), [nbytes * count for count in tokens])
+    def _leave_to(self, call: _Call, letter: Letter, absent: set[int]) -> None:
+        """Nobody reads an expert in RAM any more: `absent` ones may be read in their place."""
+        if self._host is not None:
+            self._host.finish()
+        self._vram.copies.synchronize()
+        others = [expert for expert in letter.experts.tolist() if expert not in absent]
+        if others:
+            self._vram.served([(call.layer, np.array(others))])
 
     def _account(self) -> None:
-        """Tell policy and counters of the layers that found everything in VRAM."""
-        self._count(self._unaccounted)
-        self._vram.all_hit(self._unaccounted)
+        """Tell policy and counters of the layers that needed nothing but compute."""
+        if not self._unaccounted:
+            return
+        layers = [layer for layer, _ in self._unaccounted]
+        calls = [(layer, letter.experts) for layer, letter in self._unaccounted]
+        kinds = np.concatenate([letter.entries for _, letter in self._unaccounted]) & KIND
+        sizes = np.repeat(self._record_bytes[layers], [len(experts) for _, experts in calls])
+        self._ledger.counters.zero_copy_bytes += int(sizes[kinds == IN_PLACE].sum())
+        self._count(calls)
+        self._vram.served(calls)
         self._unaccounted.clear()
 
     def _count(self, calls: Sequence[tuple[int, NDArray[np.int64]]]) -> None:
-        if calls:
-            places = [experts + self._first[layer] for layer, experts in calls]
-            np.add.at(self._counts, np.concatenate(places), 1)
+        places = [experts + self._first[layer] for layer, experts in calls]
+        np.add.at(self._counts, np.concatenate(places), 1)
 
     # -- prefill --------------------------------------------------------------------------------
 
@@ -240,6 +313,11 @@ class DeviceExperts:
             self._vram.used(layer, chosen)
 
 
+def _none_copied(held: list[Held]) -> int:
+    """For `VramTier.fetch`: the device reads in place what has come into RAM."""
+    return 0
+
+
 class NoExperts:
     """Stands for the experts while memory is measured: they give zeros."""
 
@@ -255,29 +333,6 @@ class NoExperts:
 
     def abandon(self) -> None:
         """Nothing is ever under way."""
-
-
-class _Staging:
-    """Slots of single launches on their way to the device: a ring in pinned memory.
-
-    Assumes: no more than a ring's worth of uploads between two letters of the device, which say
-    that everything before them is done.
-    """
-
-    def __init__(self, assignments: int, device: torch.device) -> None:
-        shape, pinned = (2 * assignments, assignments), device.type == "cuda"
-        self._host = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
-        self._device = torch.empty(shape, dtype=torch.int64, device=device)
-        self._next = 0
-
-    def upload(self, slots: NDArray[np.int64]) -> torch.Tensor:
-        """`slots` [A] on the device, in stream order."""
-        row = self._next
-        self._next = (row + 1) % len(self._host)
-        count = len(slots)
-        self._host[row, :count] = torch.from_numpy(slots)
-        self._device[row, :count].copy_(self._host[row, :count], non_blocking=True)
-        return self._device[row, :count]
 
 
 def _register(owner: DeviceExperts | NoExperts, layer: int, module: Any) -> None:

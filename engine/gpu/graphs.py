@@ -3,7 +3,9 @@
 While a pass is recorded, the experts call *cuts*: the graph under way ends there, what the host has
 to do at that place is noted, and the next graph begins. The model's own forward runs once,
 unmodified, and falls apart by itself; replay is graph, host, graph, host, … graph. No code knows an
-architecture.
+architecture. Work that the host step may want of the device, any number of times or never, is
+recorded as a small graph of its own, beside: replaying it costs microseconds, launching it ten
+times as much.
 
 Assumes: everything between two cuts is the same work on the same memory for every token, and takes
 no decision on values of the device. All graphs share one memory pool and are replayed in the order
@@ -15,8 +17,9 @@ from collections.abc import Callable
 
 import torch
 
-HostStep = Callable[[], None]
-"""What the host does between two graphs; may enqueue work on the current stream."""
+Work = Callable[[], None]
+HostStep = Callable[[Work], None]
+"""What the host does between two graphs; given what enqueues the work recorded beside."""
 
 
 class SegmentedGraph:
@@ -25,6 +28,7 @@ class SegmentedGraph:
     def __init__(self) -> None:
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._steps: list[HostStep] = []
+        self._beside: list[torch.cuda.CUDAGraph] = []
         self._pool = torch.cuda.graph_pool_handle()
 
     @property
@@ -51,30 +55,56 @@ class SegmentedGraph:
         torch.cuda.current_stream().wait_stream(stream)
         return output
 
-    def cut(self, step: HostStep) -> None:
-        """End the graph under way, let `step` follow it, begin the next."""
+    def cut(self, step: HostStep, beside: Work) -> None:
+        """End the graph under way, let `step` follow it, begin the next; record `beside`."""
         self._graphs[-1].capture_end()
         self._steps.append(step)
+        self._begin(self._beside)
+        beside()
+        self._beside[-1].capture_end()
         self._begin()
 
     def replay(self) -> None:
         """The whole pass, on the current stream."""
-        for graph, step in zip(self._graphs, self._steps, strict=False):
+        for graph, step, beside in zip(self._graphs, self._steps, self._beside, strict=False):
             graph.replay()
-            step()
+            step(beside.replay)
         self._graphs[-1].replay()
 
-    def _begin(self) -> None:
+    def _begin(self, graphs: list[torch.cuda.CUDAGraph] | None = None) -> None:
         graph = torch.cuda.CUDAGraph()
         # Other threads (reads, copies, pinning) may call CUDA meanwhile: only this one is captured.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        self._graphs.append(graph)
+        (self._graphs if graphs is None else graphs).append(graph)
 
     def _abandon(self) -> None:
         """End a capture that failed; the first error is the one that says why."""
+        beside = len(self._beside) == len(self._graphs)
         try:
-            self._graphs[-1].capture_end()
+            (self._beside if beside else self._graphs)[-1].capture_end()
         except RuntimeError:
             pass
         self._graphs.clear()
+        self._beside.clear()
         self._steps.clear()
+
+
+def graph_seconds(work: Work, rounds: int) -> list[float]:
+    """What the device takes for `work`, several times, without the host's part in it."""
+    work()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        work()
+    return [_replay_seconds(graph) for _ in range(rounds)]
+
+
+def _replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
+    make: Callable[..., torch.cuda.Event] = torch.cuda.Event
+    begun, ended = make(enable_timing=True), make(enable_timing=True)
+    begun.record()
+    graph.replay()
+    ended.record()
+    ended.synchronize()
+    milliseconds: float = begun.elapsed_time(ended)
+    return milliseconds / 1000

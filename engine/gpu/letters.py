@@ -15,10 +15,13 @@ _POLLS_BETWEEN_CLOCKS = 2000
 
 
 class Letter(NamedTuple):
-    """What one layer wants: `experts` and where each lies in VRAM (−1: not there), [A] each."""
+    """What one layer wants: `experts` and what the slot table says of each, [A] each.
+
+    Of those that the CPU is to compute, though the device could, the entry says so.
+    """
 
     experts: NDArray[np.int64]
-    slots: NDArray[np.int64]
+    entries: NDArray[np.int64]
 
 
 class Mailboxes:

@@ -69,22 +69,23 @@ class HostExperts:
         which: NDArray[np.int64],
         out: NDArray[np.float32],
     ) -> None:
-        """See `begin`; returns when all is done."""
-        self.begin(records, hidden, tokens, which, out)
+        """See `begin`, with records as uint8 tensors; returns when all is done."""
+        addresses = np.array([record.data_ptr() for record in records], np.int64)
+        self.begin(addresses, hidden, tokens, which, out)
         self.finish()
 
     def begin(
         self,
-        records: Sequence[torch.Tensor],
+        addresses: NDArray[np.int64],
         hidden: NDArray[np.float32],
         tokens: NDArray[np.int64],
         which: NDArray[np.int64],
         out: NDArray[np.float32],
     ) -> None:
-        """Apply `records[which[a]]` to `hidden[tokens[a]]` into `out[a]`, unweighted, for each a.
+        """Apply record `which[a]` to `hidden[tokens[a]]` into `out[a]`, unweighted, for each a.
 
-        `records` are uint8 host tensors, each one expert's record (as in its slot, 64-byte
-        aligned); `hidden` is [T, H], `out` [A, H]. A row of `out` depends on its record and its row
+        `addresses` are those of experts' records in host memory (as in a slot, 64-byte aligned),
+        int64; `hidden` is [T, H], `out` [A, H]. A row of `out` depends on its record and its row
         of `hidden` only: whatever else is computed, and by how many threads, the bits are the same.
         The caller's thread goes on at once; `finish` must follow.
 
@@ -94,12 +95,11 @@ class HostExperts:
         assert hidden.shape[1] == self._hidden and out.shape == (len(which), self._outer)
         assert hidden.flags.c_contiguous and out.flags.c_contiguous
         assert hidden.dtype == out.dtype == np.float32 and len(tokens) == len(which)
-        addresses = np.array([record.data_ptr() for record in records], np.int64)
         assert not (addresses % _ALIGNMENT).any()
-        stride = self._reserve(len(records), len(which))
+        stride = self._reserve(len(addresses), len(which))
         used = self._host.arrange(addresses, tokens, len(hidden), which, self._table)
         if used < 0:
-            raise IndexError(f"no such record among {len(records)}, or token among {len(hidden)}")
+            raise IndexError(f"no such record among {len(addresses)}, or token among {len(hidden)}")
         found = self._tasks
         self._job[:] = (
             *(found.first, found.down, used, found.first_tiles, found.down_tiles),

@@ -99,8 +99,8 @@ def grouped(
 
     Assignment a takes row a // `assignments_per_row` of `x` (fp32 [·, in]) and the record at byte
     `slots[a]` (int64 [A], on the device) of `slab` (uint8), with the matrix at byte `offset` in it.
-    Where the slot is odd (−1, say) nothing is read and nothing is written. With a `gate` other than `none`
-    the matrix is gate and up, and the result [A, out / 2].
+    Where the slot is odd (−1, say) nothing is read and nothing is written. With a `gate` other than
+    `none` the matrix is gate and up, and the result [A, out / 2].
     """
     _check(x, geometry)
     assert slots.is_contiguous()

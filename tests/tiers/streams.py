@@ -99,6 +99,9 @@ class FakeStreams:
         place = self.compute.enqueued
         return lambda: self.up.wait_until(self.compute, place)
 
+    def is_computing(self) -> bool:
+        return self.compute.done < self.compute.enqueued
+
     def synchronize(self) -> None:
         for stream in (self.up, self.down, self.compute, self.beside):
             stream.advance(stream.enqueued)

@@ -7,42 +7,51 @@ from hypothesis import strategies as st
 from tierrun.tiers.lanes import LANES, Cost, Lanes
 
 MIB = 1 << 20
-sizes = st.lists(st.integers(1, 40 * MIB), max_size=12)
 starts, slopes = st.floats(0, 1e-3), st.floats(1e-12, 1e-8)
 
 
-def ends(lanes: Lanes, nbytes: list[int], work: list[int], count: int) -> float:
-    copied, computed = sum(nbytes[:count]), sum(work[count:])
-    return max(lanes.copy.seconds(copied), lanes.cpu.seconds(computed))
+def ends(lanes: Lanes, number: int, share: int, nbytes: int) -> float:
+    return max(lanes.gpu.seconds((number - share) * nbytes), lanes.cpu.seconds(share * nbytes))
 
 
-@given(sizes, st.data(), starts, slopes, starts, slopes)
+@given(st.integers(0, 64), st.integers(1, 40 * MIB), starts, slopes, starts, slopes)
 def test_no_other_split_ends_earlier(
-    nbytes: list[int], data: st.DataObject, s: float, b: float, other_s: float, other_b: float
+    number: int, nbytes: int, s: float, b: float, other_s: float, other_b: float
 ) -> None:
-    work = [n * data.draw(st.integers(1, 8)) for n in nbytes]
     lanes = Lanes(Cost(s, b), Cost(other_s, other_b))
-    count = lanes.num_copied(nbytes, work)
-    best = ends(lanes, nbytes, work, count)
-    assert all(best <= ends(lanes, nbytes, work, n) for n in range(len(nbytes) + 1))
+    best = ends(lanes, number, lanes.cpu_share(number, nbytes), nbytes)
+    assert all(best <= ends(lanes, number, n, nbytes) * 1.000001 for n in range(number + 1))
 
 
 def test_equal_lanes_share_equally_and_a_fast_one_takes_more() -> None:
     equal, fast = Cost(0, 1e-10), Cost(0, 2e-11)
-    assert Lanes(equal, Cost(0, 1e-10)).num_copied([MIB] * 8, [MIB] * 8) == 4
-    assert Lanes(fast, equal).num_copied([MIB] * 8, [MIB] * 8) == 7
-    assert Lanes(equal, fast).num_copied([MIB] * 8, [MIB] * 8) == 1
+    assert Lanes(equal, Cost(0, 1e-10)).cpu_share(8, MIB) == 4
+    assert Lanes(fast, equal).cpu_share(8, MIB) == 1
+    assert Lanes(equal, fast).cpu_share(8, MIB) == 7
 
 
-def test_several_tokens_of_one_expert_cost_the_cpu_more() -> None:
+def test_the_one_that_is_always_last_gets_less() -> None:
     lanes = Lanes(Cost(0, 1e-10), Cost(0, 1e-10))
-    assert lanes.num_copied([MIB] * 8, [8 * MIB] * 8) > 4
+    for _ in range(50):
+        lanes.balance(gpu_was_last=True)
+    assert lanes.cpu_share(8, MIB) > 4
+    for _ in range(1000):
+        lanes.balance(gpu_was_last=False)
+    assert 0 < lanes.cpu_share(8, MIB) < 4, "within bounds"
 
 
 def test_a_lane_may_be_the_only_one() -> None:
     costs = Cost(0, 1e-10), Cost(0, 1e-10)
-    counts = {mode: Lanes(*costs, mode).num_copied([MIB] * 6, [MIB] * 6) for mode in LANES}
-    assert counts == {"auto": 3, "copy": 6, "cpu": 0}
+    shares = {mode: Lanes(*costs, mode).cpu_share(6, MIB) for mode in LANES}
+    assert shares == {"auto": 3, "gpu": 0, "cpu": 6}
+
+
+def test_a_mode_that_changes_is_seen_at_once() -> None:
+    lanes = Lanes(Cost(0, 1e-10), Cost(0, 1e-10), "gpu")
+    assert lanes.has_changed() and not lanes.has_changed()
+    lanes.mode = "auto"
+    seen = [lanes.has_changed() for _ in range(40)]
+    assert seen[0] and 2 <= sum(seen) <= 4
 
 
 @given(starts, slopes, st.lists(st.integers(1, 64), min_size=2, max_size=8, unique=True))

@@ -315,6 +315,17 @@ def test_what_arrives_late_is_found_when_it_is_published(kind: str) -> None:
                 assert address == held.tier.memory(held.slot).data_ptr()
 
 
+def test_what_has_come_up_meanwhile_does_not_come_up_again() -> None:
+    streams = FakeStreams()
+    with make_vram(streams, layers=WIDE, vram=(6,), warm=(12,), in_ram=InRam.IN_PLACE) as it:
+        it.rig.prefill(0, [3])
+        step(it, 0, 3)
+        streams.beside.advance(streams.beside.enqueued)
+        assert step(it, 0, 3) == [] and it.computed, "found in RAM for the last time"
+        it.vram.check_integrity()
+        assert it.rig.counters.promoted_bytes == PAGE
+
+
 def test_many_promotions_at_once_take_each_others_place_nowhere() -> None:
     """What sinks for one of them must not land on another that is about to rise."""
     with make_vram(
