@@ -219,7 +219,7 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
     """Memory that this process may use, within its cgroups (v1 and v2); files under `root`."""
     total, free = _meminfo(root / "proc/meminfo")
     best = HostMemory(total, free, "this machine's memory")
-    for directory in _memory_cgroups(root):
+    for directory in cgroups(root, "memory"):
         found = _cgroup_memory(directory)
         if found is not None and found[0] < total:
             limit, used = found
@@ -240,8 +240,9 @@ def _meminfo(path: Path) -> tuple[int, int]:
         return total, total // 2
 
 
-def _memory_cgroups(root: Path) -> list[Path]:
-    """The directories of this process's memory cgroups, innermost first, with their ancestors."""
+def cgroups(root: Path, controller: str) -> list[Path]:
+    """The directories of this process's cgroups with `controller` (`memory`, `cpu`), v1 and v2,
+    innermost first, with their ancestors; some may not be there."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -251,8 +252,8 @@ def _memory_cgroups(root: Path) -> list[Path]:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             mounts = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
-        elif "memory" in controllers.split(","):
-            mounts = [root / "sys/fs/cgroup/memory"]
+        elif controller in controllers.split(","):
+            mounts = [root / "sys/fs/cgroup" / controller]
         else:
             continue
         relative = Path(path.lstrip("/"))
