@@ -235,7 +235,7 @@ def _meminfo(path: Path) -> tuple[int, int]:
     try:
         rows = dict(line.split(":", 1) for line in path.read_text().splitlines())
         return int(rows["MemTotal"].split()[0]) * 1024, int(rows["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, IndexError, ValueError):
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return total, total // 2
 
@@ -249,6 +249,8 @@ def cgroups(root: Path, controller: str) -> list[Path]:
         return []
     found = []
     for line in lines:
+        if line.count(":") < 2:
+            continue
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             mounts = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
@@ -279,11 +281,9 @@ def _cgroup_memory(directory: Path) -> tuple[int, int] | None:
             limit = (directory / limit_name).read_text().strip()
             used = int((directory / used_name).read_text())
             rows = (directory / "memory.stat").read_text().splitlines()
+            stat = dict(row.split() for row in rows)
+            cache = sum(int(stat.get(name, 0)) for name in cache_names)
         except (OSError, ValueError):
             continue
-        if not limit.isdigit():
-            return None
-        stat = dict(row.split() for row in rows)
-        cache = sum(int(stat.get(name, 0)) for name in cache_names)
-        return int(limit), max(0, used - cache)
+        return (int(limit), max(0, used - cache)) if limit.isdecimal() else None
     return None
