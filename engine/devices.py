@@ -30,12 +30,12 @@ def choose_device(asked: str) -> DeviceChoice:
     if asked == "cpu":
         return DeviceChoice(torch.device("cpu"), "as asked")
     if asked == "auto":
-        obstacle = _obstacle(0)
+        obstacle = obstacle_to_gpu(0)
         if obstacle is not None:
             return DeviceChoice(torch.device("cpu"), f"auto: {obstacle}")
         return DeviceChoice(torch.device("cuda", 0), f"auto: {torch.cuda.get_device_name(0)}")
     index = _cuda_index(asked)
-    obstacle = _obstacle(index)
+    obstacle = obstacle_to_gpu(index)
     if obstacle is not None:
         raise UsageError(f"--device {asked}: {obstacle}; --device cpu works everywhere")
     return DeviceChoice(torch.device("cuda", index), torch.cuda.get_device_name(index))
@@ -48,7 +48,7 @@ def _cuda_index(asked: str) -> int:
     return int(number) if number else 0
 
 
-def _obstacle(index: int) -> str | None:
+def obstacle_to_gpu(index: int) -> str | None:
     """Why GPU number `index` cannot be used, in a clause; None if it can."""
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) is built without CUDA; install one with it"

@@ -219,7 +219,7 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
     """Memory that this process may use, within its cgroups (v1 and v2); files under `root`."""
     total, free = _meminfo(root / "proc/meminfo")
     best = HostMemory(total, free, "this machine's memory")
-    for directory in _memory_cgroups(root):
+    for directory in cgroups(root, "memory"):
         found = _cgroup_memory(directory)
         if found is not None and found[0] < total:
             limit, used = found
@@ -235,24 +235,27 @@ def _meminfo(path: Path) -> tuple[int, int]:
     try:
         rows = dict(line.split(":", 1) for line in path.read_text().splitlines())
         return int(rows["MemTotal"].split()[0]) * 1024, int(rows["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, IndexError, ValueError):
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return total, total // 2
 
 
-def _memory_cgroups(root: Path) -> list[Path]:
-    """The directories of this process's memory cgroups, innermost first, with their ancestors."""
+def cgroups(root: Path, controller: str) -> list[Path]:
+    """The directories of this process's cgroups with `controller` (`memory`, `cpu`), v1 and v2,
+    innermost first, with their ancestors; some may not be there."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
     found = []
     for line in lines:
+        if line.count(":") < 2:
+            continue
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             mounts = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
-        elif "memory" in controllers.split(","):
-            mounts = [root / "sys/fs/cgroup/memory"]
+        elif controller in controllers.split(","):
+            mounts = [root / "sys/fs/cgroup" / controller]
         else:
             continue
         relative = Path(path.lstrip("/"))
@@ -278,11 +281,9 @@ def _cgroup_memory(directory: Path) -> tuple[int, int] | None:
             limit = (directory / limit_name).read_text().strip()
             used = int((directory / used_name).read_text())
             rows = (directory / "memory.stat").read_text().splitlines()
+            stat = dict(row.split() for row in rows)
+            cache = sum(int(stat.get(name, 0)) for name in cache_names)
         except (OSError, ValueError):
             continue
-        if not limit.isdigit():
-            return None
-        stat = dict(row.split() for row in rows)
-        cache = sum(int(stat.get(name, 0)) for name in cache_names)
-        return int(limit), max(0, used - cache)
+        return (int(limit), max(0, used - cache)) if limit.isdecimal() else None
     return None

@@ -31,16 +31,25 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, on stderr.")]
 
 
-def store_directories(argument: list[Path] | None, option: list[Path] | None) -> list[Path]:
-    """The directories of a store named either way, or in the environment (separated by `:`).
+def named_directories(argument: list[Path] | None, option: list[Path] | None) -> list[Path]:
+    """The directories named either way, or in the environment (separated by `:`), or none.
 
     Raises:
-        UsageError: named both ways, or not at all.
+        UsageError: named both ways.
     """
     if argument and option:
         raise UsageError("name the store once: as an argument or with --nvme-dir")
     inherited = os.environ.get("TIERRUN_NVME_DIR", "")
-    named = argument or option or [Path(part) for part in inherited.split(os.pathsep) if part]
+    return argument or option or [Path(part) for part in inherited.split(os.pathsep) if part]
+
+
+def store_directories(argument: list[Path] | None, option: list[Path] | None) -> list[Path]:
+    """The directories of a store; see `named_directories`.
+
+    Raises:
+        UsageError: named both ways, or not at all.
+    """
+    named = named_directories(argument, option)
     if not named:
         raise UsageError("no store: name its directory, or give --nvme-dir DIR")
     return named

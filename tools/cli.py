@@ -17,6 +17,7 @@ from tierrun.tools.arguments import (
     NvmeDir,
     StoreArgument,
     Verbose,
+    named_directories,
     normalise,
     parse_ids,
     read_prompt,
@@ -283,6 +284,38 @@ def stats(
         typer.echo(json.dumps(statistics.record(usage)))
     else:
         Console().print(statistics.table(usage))
+
+
+@app.command()
+def doctor(
+    directories: StoreArgument = None,
+    nvme_dir: NvmeDir = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 where something warns, too.")
+    ] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of --json, examine nothing.")
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what this machine is and what is wrong with it; exits with 1 where something fails."""
+    _set_up_logging(verbose)
+    from rich.console import Console
+
+    from tierrun.tools.doctor.examine import examine
+    from tierrun.tools.doctor.line import Report
+    from tierrun.tools.doctor.report import render
+
+    if schema:
+        typer.echo(json.dumps(Report.model_json_schema(), indent=2))
+        return
+    report = examine(named_directories(directories, nvme_dir))
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        Console().print(render(report))
+    raise typer.Exit(report.exit_code(strict=strict))
 
 
 @app.command()
