@@ -173,8 +173,8 @@ class Bound:
 
     def upload_share(self, done: Round) -> float:
         """Of the time of a token, what moving its experts to the device would take."""
-        moved = done.per_token("promoted_bytes") / self.bandwidths.upload
-        return moved * done.tokens_per_second
+        moved = done.per_token("promoted_bytes") + done.per_token("zero_copy_bytes")
+        return moved / self.bandwidths.upload * done.tokens_per_second
 
 
 _COUNTS = (

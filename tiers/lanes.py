@@ -11,10 +11,12 @@ from dataclasses import dataclass
 _MEMORY = 0.98
 """Share of a fit that is kept at each new measurement: some fifty count."""
 
-_CORRECTION, _MOST_CORRECTION = 1.01, 4.0
-"""Of the GPU's slope each time that one lane was later, and in all."""
+_CORRECTION, _MOST_CORRECTION = 1.05, 4.0
+"""Of the GPU's cost each time that one lane is later mostly, and in all."""
+_MOSTLY = 0.65
+"""Share of the layers of which it is the later one then."""
 
-_EVERY = 16
+_EVERY = 8
 """Forward passes between two looks at whether the split is still the best."""
 
 
@@ -82,6 +84,7 @@ class Lanes:
     def __init__(self, gpu: Cost, cpu: Cost, mode: str = "auto") -> None:
         self.gpu, self.cpu, self.mode = gpu, cpu, mode
         self._correction, self._passes, self._shared = 1.0, 0, ""
+        self._gpu_last, self._both = 0, 0
 
     def cpu_share(self, number: int, nbytes: int) -> int:
         """Of `number` experts of `nbytes` each, how many the CPU computes."""
@@ -102,16 +105,27 @@ class Lanes:
         return max(gpu, self.cpu.seconds(share * nbytes))
 
     def balance(self, *, gpu_was_last: bool) -> None:
-        """Both have computed a part, and which of them has ended last."""
-        factor = _CORRECTION if gpu_was_last else 1 / _CORRECTION
+        """Both have computed a part of a layer, and which of them has ended last."""
+        self._gpu_last += gpu_was_last
+        self._both += 1
+
+    def _correct(self) -> None:
+        """Believe the GPU to be slower, or faster, if it was the last of the two, or the first."""
+        if not self._both:
+            return
+        share = self._gpu_last / self._both
+        factor = _CORRECTION if share > _MOSTLY else 1.0
+        factor = 1 / _CORRECTION if share < 1 - _MOSTLY else factor
         corrected = self._correction * factor
         self._correction = min(max(corrected, 1 / _MOST_CORRECTION), _MOST_CORRECTION)
+        self._gpu_last, self._both = 0, 0
 
     def has_changed(self) -> bool:
         """Whether to ask for the shares anew; to be called once per forward pass."""
         self._passes += 1
         if self._shared == self.mode and (self.mode != "auto" or self._passes % _EVERY):
             return False
+        self._correct()
         self._shared = self.mode
         return True
 

@@ -157,20 +157,15 @@ class VramTier:
         """See `Residency.used`."""
         self.residency.used(layer, experts)
 
-    def served(self, calls: Sequence[tuple[int, NDArray[np.int64]]]) -> None:
-        """Account for layers that needed no `fetch`: (layer, experts chosen).
+    def served(self, chosen: NDArray[np.int64]) -> None:
+        """Account for layers that needed no `fetch`: experts chosen, numbered over all layers.
 
-        All of these were found in VRAM, or in RAM and computed there; they may name an expert
-        several times. What is worth a slot starts to come up. To be called before the next `fetch`
-        or `stream`, with no lookup under way.
+        All of these were found in VRAM, or in RAM and computed there; they may be named several
+        times. What is worth a slot starts to come up. To be called with no lookup, fetch or stream
+        under way.
         """
-        if not calls:
-            return
-        layers, chosen = zip(*calls, strict=True)
-        experts = np.concatenate(chosen)
-        experts += np.repeat(self._placement.first[list(layers)], list(map(len, chosen)))
+        experts = np.unique(chosen)
         self._placement.policy.used(experts, self._placement.step)
-        experts = np.unique(experts)
         slots = self.slots.slot_of[experts]
         here = slots != NOBODY
         in_ram = experts[~here]

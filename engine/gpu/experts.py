@@ -25,11 +25,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from tierrun.engine.architecture import experts_modules
 from tierrun.engine.experts import Interrupted
 from tierrun.engine.gpu.compute import ExpertCompute, Prefill
-from tierrun.engine.gpu.graphs import HostStep, Work, graph_seconds
+from tierrun.engine.gpu.graphs import Work, graph_seconds
 from tierrun.engine.gpu.hostlane import HostLane
 from tierrun.engine.gpu.layout import ExpertLayout, expert_layout
 from tierrun.engine.gpu.letters import Letter, Mailboxes
 from tierrun.engine.gpu.ops import DECODE_TOKENS, weighted_sum
+from tierrun.engine.kernels import answer as answers
 from tierrun.engine.kernels.geometry import COLUMNS, ROWS
 from tierrun.engine.kernels.lookup import look_up, look_up_late
 from tierrun.io.store import Manifest
@@ -37,13 +38,13 @@ from tierrun.io.timeline import HOST, span
 from tierrun.tiers.lanes import Cost, Lanes
 from tierrun.tiers.ledger import LayerTiming
 from tierrun.tiers.residency import Held
-from tierrun.tiers.slottable import ABSENT, FOR_HOST, IN_PLACE, KIND, InRam
+from tierrun.tiers.slottable import ABSENT, IN_PLACE, KIND, InRam
 from tierrun.tiers.vram import VramTier
 
 DEVICE_EXPERTS = "tierrun_device"
 """The name of our function in transformers' ExpertsInterface."""
 
-Cut = Callable[[HostStep, Work], None]
+Cut = Callable[..., None]
 """Ends the graph that is being recorded; the host step given follows it, with work beside."""
 
 _SEEDING = 8
@@ -71,6 +72,10 @@ class _Call:
     def assignments(self) -> int:
         return self.top_k.numel()
 
+    @property
+    def per_token(self) -> int:
+        return self.top_k.shape[-1]
+
 
 class DeviceExperts:
     """Computes the experts of one model from one VRAM tier."""
@@ -89,15 +94,17 @@ class DeviceExperts:
         pinned = device.type == "cuda"
         self._mailboxes = Mailboxes(len(modules), most, pinned=pinned)
         self._shares = torch.zeros(
-            len(manifest.classes), most + 1, dtype=torch.int64, pin_memory=pinned
+            len(manifest.classes), most + 1, dtype=torch.int64, device=device
         )
-        self._unaccounted: list[tuple[int, Letter]] = []
+        self._names = [f"layer {layer}: waits for the letter" for layer in range(len(modules))]
         sizes = [len(layer.records) for layer in manifest.layers]
         counts = torch.zeros(sum(sizes), dtype=torch.int64)
         self.usage = list(torch.split(counts, sizes))
         self._counts, self._first = counts.numpy(), np.cumsum([0, *sizes])
         nbytes = [manifest.class_of(layer).nbytes for layer in range(len(sizes))]
         self._record_bytes: NDArray[np.int64] = np.array(nbytes)
+        self._starts: list[int] = self._first.tolist()
+        self._bytes_of = np.repeat(self._record_bytes, sizes)
         self.interrupted = False
         self.cut: Cut | None = None
         self.lanes: Lanes | None = None
@@ -138,8 +145,10 @@ class DeviceExperts:
     def _share_out(self, lanes: Lanes) -> None:
         """Tell the device how many of so many experts in RAM it is to leave to the CPU."""
         if lanes.has_changed():
-            for shares, described in zip(self._shares.numpy(), self._manifest.classes, strict=True):
-                shares[:] = [lanes.cpu_share(n, described.nbytes) for n in range(len(shares))]
+            numbers = range(self._shares.shape[1])
+            sizes = [described.nbytes for described in self._manifest.classes]
+            shares = [[lanes.cpu_share(number, size) for number in numbers] for size in sizes]
+            self._shares.copy_(torch.tensor(shares))
 
     def end_forward(self, tokens: int) -> None:
         """It is over."""
@@ -153,7 +162,6 @@ class DeviceExperts:
         self._vram.abandon()
         self._vram.copies.synchronize()
         self._mailboxes.clear()
-        self._unaccounted.clear()
 
     def __call__(self, layer: int, hidden: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
         """`hidden` fp32 [T, H], `top_k` int64 [T, k] → outputs of each, unweighted: [T, k, H]."""
@@ -178,38 +186,68 @@ class DeviceExperts:
         box = self._mailboxes.memory(layer)
         look_up(self._vram.table_of(layer), top_k, slots, box, shares, *told)
         self._compute[layer].decode(hidden, self._vram.base, slots, outputs)
-        late = partial(self._compute_late, call)
+        late, join = partial(self._compute_late, call), partial(self._join, call)
         if self.cut is not None:
-            self.cut(partial(self._serve, call), late)
+            self.cut(partial(self._serve, call), late, join)
         else:
-            self._serve(call, late)
+            self._serve(call, late, join)
 
     def _compute_late(self, call: _Call) -> None:
-        """Enqueue what has come since the lookup: records for the device, results of the CPU."""
+        """Enqueue the products with records that have come since the lookup."""
         found = torch.empty_like(call.slots)
         look_up_late(self._vram.table_of(call.layer), call.top_k, call.slots, found)
         self._compute[call.layer].decode(call.hidden, self._vram.base, found, call.outputs)
+
+    def _join(self, call: _Call) -> None:
+        """Enqueue that the CPU's results come into their places."""
         if self._host is not None:
             self._host.join(call.outputs)
 
-    def _serve(self, call: _Call, late: Work) -> None:
-        """The host's part of a layer: nothing, where the device had everything."""
+    def _serve(self, call: _Call, late: Work, join: Work) -> None:
+        """The host's part of a layer: only to take note, where the device had everything."""
         if self.interrupted:
             raise Interrupted
-        with span(HOST, f"layer {call.layer}: waits for the letter"):
-            letter = self._mailboxes.wait(call.layer, call.assignments)
-        if (letter.entries & 1).any():
-            started, counters = time.perf_counter(), self._ledger.counters
-            waited, read = counters.wait_seconds, counters.cold
-            with span(HOST, f"layer {call.layer}: serves misses"):
-                self._serve_rest(call, letter, late)
-            nbytes = (counters.cold - read) * self._manifest.class_of(call.layer).nbytes
-            waited = counters.wait_seconds - waited
-            self._time(call.layer, len(call.hidden), started, waited, nbytes)
-        else:
-            self._unaccounted.append((call.layer, letter))
-        if call.layer + 1 == len(self._compute):
+        layer, host = call.layer, self._host
+        with span(HOST, self._names[layer]):
+            found = self._mailboxes.answer(
+                layer,
+                call.assignments,
+                call.per_token,
+                self._starts[layer],
+                self._vram.addresses,
+                host.claim(layer) if host is not None else None,
+            )
+        if found & answers.ABSENT:
+            self._serve_absent(call, found, late)
+        if found & answers.COMPUTED and host is not None:
+            self._finish(host, alone=found == answers.COMPUTED)
+            join()
+        elif host is not None and host.is_claimed:
+            host.release(computed=False)
+        if layer + 1 == len(self._compute):
             self._account()  # while the device is still busy
+
+    def _finish(self, host: HostLane, *, alone: bool) -> None:
+        """The CPU's part is over; `alone`: nothing was absent, so it is done already."""
+        if not alone:
+            host.finish()
+            return
+        host.release(computed=True)
+        if self.lanes is not None:
+            self.lanes.balance(gpu_was_last=self._vram.copies.is_computing())
+
+    def _serve_absent(self, call: _Call, found: int, late: Work) -> None:
+        """Bring the experts that are in neither VRAM nor RAM, and note what that took."""
+        started, counters = time.perf_counter(), self._ledger.counters
+        waited, read = counters.wait_seconds, counters.cold
+        letter = self._mailboxes.letter(call.layer, call.assignments)
+        if self._host is not None and not found & answers.COMPUTED:
+            self._host.release(computed=False)
+        with span(HOST, f"layer {call.layer}: serves misses"):
+            self._fetch(call, letter, late)
+        nbytes = (counters.cold - read) * int(self._record_bytes[call.layer])
+        waited = counters.wait_seconds - waited
+        self._time(call.layer, len(call.hidden), started, waited, nbytes)
 
     def _time(self, layer: int, tokens: int, started: float, waited: float, nbytes: int) -> None:
         """Note a layer that had misses: the time before it, and what serving them took."""
@@ -227,37 +265,17 @@ class DeviceExperts:
         self._ledger.timings.append(timing)
         self._last_end = now
 
-    def _serve_rest(self, call: _Call, letter: Letter, late: Work) -> None:
-        """See to the assignments that the device could not compute by itself."""
-        kinds = letter.entries & KIND
-        by_host = np.flatnonzero(kinds == FOR_HOST)
-        if self._host is not None:
-            self._host.reset()
-            if len(by_host):
-                addresses = self._vram.addresses[self._first[call.layer] + letter.experts[by_host]]
-                top_k = call.assignments // len(call.hidden)
-                self._host.start(call.layer, by_host, addresses, top_k)
-        absent = set(letter.experts[kinds == ABSENT & KIND].tolist())
-        if absent:
-            self._fetch(call, letter, absent, late)
-        else:
-            self._unaccounted.append((call.layer, letter))
-        if self._host is not None and len(by_host):
-            self._host.finish()
-            if self.lanes is not None and not absent and (kinds == IN_PLACE).any():
-                self.lanes.balance(gpu_was_last=self._vram.copies.is_computing())
-            late()
-
-    def _fetch(self, call: _Call, letter: Letter, absent: set[int], late: Work) -> None:
-        """Bring the experts `absent`; compute each as it comes."""
+    def _fetch(self, call: _Call, letter: Letter, late: Work) -> None:
+        """Bring what is absent; compute each as it comes."""
         vram, wanted = self._vram, list(dict.fromkeys(letter.experts.tolist()))
-        self._count([(call.layer, letter.experts)])
-        many = len(wanted) > self._manifest.layers[call.layer].top_k
-        if vram.in_ram is InRam.FOR_HOST or (many and vram.in_ram is InRam.IN_PLACE):
+        absent = set(letter.experts[letter.entries & KIND == ABSENT & KIND].tolist())
+        np.add.at(self._counts, letter.experts + self._first[call.layer], 1)
+        in_place = vram.in_ram is InRam.IN_PLACE
+        many = in_place and len(wanted) > call.per_token
+        if many or vram.in_ram is InRam.FOR_HOST:
             self._leave_to(call, letter, absent)
             wanted = [expert for expert in wanted if expert in absent]
-        choose = _none_copied if vram.in_ram is InRam.IN_PLACE else None
-        for arrived, held in vram.fetch(call.layer, wanted, choose):
+        for arrived, held in vram.fetch(call.layer, wanted, _none_copied if in_place else None):
             come = {one.expert for one in arrived} | {one.expert for one in held}
             if absent.isdisjoint(come):
                 continue  # these are read in place already
@@ -265,7 +283,7 @@ class DeviceExperts:
             late()
             nbytes = self._record_bytes[call.layer] * len(held)
             self._ledger.counters.zero_copy_bytes += int(nbytes)
-            if many and vram.in_ram is InRam.IN_PLACE:
+            if many:
                 vram.copies.synchronize()
 
     def _leave_to(self, call: _Call, letter: Letter, absent: set[int]) -> None:
@@ -274,25 +292,16 @@ class DeviceExperts:
             self._host.finish()
         self._vram.copies.synchronize()
         others = [expert for expert in letter.experts.tolist() if expert not in absent]
-        if others:
-            self._vram.served([(call.layer, np.array(others))])
+        self._vram.served(np.array(others, dtype=np.int64) + self._first[call.layer])
 
     def _account(self) -> None:
         """Tell policy and counters of the layers that needed nothing but compute."""
-        if not self._unaccounted:
-            return
-        layers = [layer for layer, _ in self._unaccounted]
-        calls = [(layer, letter.experts) for layer, letter in self._unaccounted]
-        kinds = np.concatenate([letter.entries for _, letter in self._unaccounted]) & KIND
-        sizes = np.repeat(self._record_bytes[layers], [len(experts) for _, experts in calls])
-        self._ledger.counters.zero_copy_bytes += int(sizes[kinds == IN_PLACE].sum())
-        self._count(calls)
-        self._vram.served(calls)
-        self._unaccounted.clear()
-
-    def _count(self, calls: Sequence[tuple[int, NDArray[np.int64]]]) -> None:
-        places = [experts + self._first[layer] for layer, experts in calls]
-        np.add.at(self._counts, np.concatenate(places), 1)
+        experts, entries = self._mailboxes.noted()
+        if len(experts):
+            in_place = experts[entries & KIND == IN_PLACE]
+            self._ledger.counters.zero_copy_bytes += int(self._bytes_of[in_place].sum())
+            np.add.at(self._counts, experts, 1)
+            self._vram.served(experts)
 
     # -- prefill --------------------------------------------------------------------------------
 

@@ -18,8 +18,8 @@ from collections.abc import Callable
 import torch
 
 Work = Callable[[], None]
-HostStep = Callable[[Work], None]
-"""What the host does between two graphs; given what enqueues the work recorded beside."""
+HostStep = Callable[..., None]
+"""What the host does between two graphs; given what enqueues each work recorded beside."""
 
 
 class SegmentedGraph:
@@ -28,7 +28,8 @@ class SegmentedGraph:
     def __init__(self) -> None:
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._steps: list[HostStep] = []
-        self._beside: list[torch.cuda.CUDAGraph] = []
+        self._beside: list[list[torch.cuda.CUDAGraph]] = []
+        self._open: torch.cuda.CUDAGraph | None = None
         self._pool = torch.cuda.graph_pool_handle()
 
     @property
@@ -51,37 +52,45 @@ class SegmentedGraph:
             except BaseException:
                 self._abandon()
                 raise
-            self._graphs[-1].capture_end()
+            self._graphs.append(self._end())
         torch.cuda.current_stream().wait_stream(stream)
         return output
 
-    def cut(self, step: HostStep, beside: Work) -> None:
-        """End the graph under way, let `step` follow it, begin the next; record `beside`."""
-        self._graphs[-1].capture_end()
+    def cut(self, step: HostStep, *beside: Work) -> None:
+        """End the graph under way, let `step` follow it, begin the next; record what is beside."""
+        self._graphs.append(self._end())
         self._steps.append(step)
-        self._begin(self._beside)
-        beside()
-        self._beside[-1].capture_end()
+        self._beside.append([self._recorded(work) for work in beside])
         self._begin()
 
     def replay(self) -> None:
         """The whole pass, on the current stream."""
         for graph, step, beside in zip(self._graphs, self._steps, self._beside, strict=False):
             graph.replay()
-            step(beside.replay)
+            step(*(one.replay for one in beside))
         self._graphs[-1].replay()
 
-    def _begin(self, graphs: list[torch.cuda.CUDAGraph] | None = None) -> None:
-        graph = torch.cuda.CUDAGraph()
+    def _recorded(self, work: Work) -> torch.cuda.CUDAGraph:
+        self._begin()
+        work()
+        return self._end()
+
+    def _begin(self) -> None:
+        self._open = torch.cuda.CUDAGraph()
         # Other threads (reads, copies, pinning) may call CUDA meanwhile: only this one is captured.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        (self._graphs if graphs is None else graphs).append(graph)
+        self._open.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def _end(self) -> torch.cuda.CUDAGraph:
+        graph, self._open = self._open, None
+        assert graph is not None, "no graph is being recorded"
+        graph.capture_end()
+        return graph
 
     def _abandon(self) -> None:
         """End a capture that failed; the first error is the one that says why."""
-        beside = len(self._beside) == len(self._graphs)
         try:
-            (self._beside if beside else self._graphs)[-1].capture_end()
+            if self._open is not None:
+                self._end()
         except RuntimeError:
             pass
         self._graphs.clear()

@@ -1,28 +1,31 @@
 """The CPU lane: experts computed where they lie in RAM, while the GPU does the others.
 
-The device writes a layer's input into pinned memory together with the letter. Other threads begin
-to compute, the model's thread goes on with what else there is to do and helps when it is through;
-results stay in pinned memory, from which one launch brings them among the others.
+The device writes a layer's input into pinned memory together with the letter; whoever reads it
+(`kernels.answer`) has the threads begin. Results stay in pinned memory, from which one launch
+brings them among the others.
 """
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from tierrun.engine.gpu.layout import ExpertLayout
 from tierrun.engine.kernels.geometry import COLUMNS, ROWS
 from tierrun.engine.kernels.host import HostExperts
 from tierrun.engine.kernels.join import join
-from tierrun.io.timeline import LANE, span
+from tierrun.io.timeline import LANE, note
 from tierrun.tiers.lanes import Cost
 from tierrun.tiers.ledger import Counters
 
+if TYPE_CHECKING:
+    from tierrun.engine.kernels.answer import LaneArrays
+
 _TRIALS = (1, 2, 4, 8)
 _REPEATS = 3
-SANE_BYTE = 0x2C
+_SANE_BYTE = 0x2C
 """Codes and scales made of it are ordinary numbers; zeros may be denormal ones, which are slow."""
 
 
@@ -46,82 +49,84 @@ class HostLane:
         pinned: bool,
     ) -> None:
         self._layouts, self._record_bytes, self._counters = layouts, nbytes, counters
-        self._columns = layouts[0].first[0].matrix[COLUMNS]
-        self._kernels = {layout: HostExperts(layout, threads) for layout in dict.fromkeys(layouts)}
-        self.hidden = torch.zeros(tokens * self._columns, pin_memory=pinned)
-        rows = layouts[0].down.matrix[ROWS]
+        columns, rows = layouts[0].first[0].matrix[COLUMNS], layouts[0].down.matrix[ROWS]
+        self.hidden = torch.zeros(tokens * columns, pin_memory=pinned)
         self._results = torch.zeros(assignments, rows, pin_memory=pinned)
         self._wanted = torch.zeros(assignments, dtype=torch.int64, pin_memory=pinned)
-        self._inputs = self.hidden.numpy().reshape(-1, self._columns)
-        self._outputs, self._numbers = self._results.numpy(), self._wanted.numpy()
-        self._joins = False
-        self._under_way: HostExperts | None = None
-        self._nbytes, self._started, self._span = 0, 0.0, span(LANE, "")
+        self._inputs, self._outputs = (
+            self.hidden.numpy().reshape(-1, columns),
+            self._results.numpy(),
+        )
+        self._kernels = {layout: HostExperts(layout, threads) for layout in dict.fromkeys(layouts)}
+        arrays = {
+            layout: kernels.lane(self._inputs, self._outputs, self._wanted.numpy())
+            for layout, kernels in self._kernels.items()
+        }
+        self._arrays = [arrays[layout] for layout in layouts]
+        (self._workers,) = {kernels.workers for kernels in self._kernels.values()}
+        self._claimed: int | None = None
         self.cost = Cost(start=30e-6, slope=1 / 20e9)  # until it is measured
 
     def calibrate(self, records: Sequence[torch.Tensor], layer: int) -> None:
         """Fit the cost to some runs of `layer`; `records` are free memory."""
         for record in records:
-            record.fill_(SANE_BYTE)
-        addresses = np.array([record.data_ptr() for record in records], dtype=np.int64)
-        most = min(len(records), len(self._results))
+            record.fill_(_SANE_BYTE)
+        kernels, most = self._kernels[self._layouts[layer]], min(len(records), len(self._outputs))
         for count in (count for count in _TRIALS if count <= most):
+            tokens, which = np.zeros(count, dtype=np.int64), np.arange(count)
+            out = self._outputs[:count]
             for _ in range(_REPEATS):
-                self._begin(layer, addresses[:count], np.zeros(count, dtype=np.int64))
-                self._finish()
+                started = time.perf_counter()
+                kernels.compute(records[:count], self._inputs, tokens, which, out)
+                nbytes = count * self._record_bytes[layer]
+                self.cost.observe(nbytes, time.perf_counter() - started)
 
-    def start(
-        self, layer: int, places: NDArray[np.int64], addresses: NDArray[np.int64], top_k: int
-    ) -> None:
-        """Begin to compute the assignments `places` (of token a // top_k) from the records at
-        `addresses`, one for each."""
-        self._numbers[:] = 0
-        self._numbers[places] = np.arange(1, len(places) + 1)
-        self._joins = True
-        self._begin(layer, addresses, places // top_k)
+    # -- around an answer -----------------------------------------------------------------------
+
+    def claim(self, layer: int) -> "LaneArrays":
+        """For the answer to a letter of `layer`; the threads are its own until it is over."""
+        self._workers.claim()
+        self._claimed = layer
+        return self._arrays[layer]
+
+    def release(self, *, computed: bool) -> None:
+        """The letter is answered; if the CPU had a part (`computed`), that is done."""
+        layer, self._claimed = self._claimed, None
+        assert layer is not None, "never claimed"
+        self._workers.release()
+        if computed:
+            self._account(layer, expected=True)
 
     def finish(self) -> None:
-        """Wait until the results are there for `join`; nothing, where nothing is under way."""
-        if self._under_way is not None:
-            seconds = self._finish()
-            self._counters.computed_bytes += self._nbytes
-            self._counters.computed_seconds += seconds
+        """The letter is answered, and the CPU's part under way, if it is claimed: wait for it."""
+        layer, self._claimed = self._claimed, None
+        if layer is not None:
+            was_left = self._workers.finish()
+            self._arrays[layer].times[1] = time.perf_counter_ns()
+            self._account(layer, expected=was_left)
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether a letter is being answered."""
+        return self._claimed is not None
+
+    def _account(self, layer: int, *, expected: bool) -> None:
+        """Count what was computed; what it took says something if it was `expected` to end."""
+        arrays = self._arrays[layer]
+        begun, ended = arrays.times.tolist()
+        nbytes, seconds = arrays.num_records * self._record_bytes[layer], (ended - begun) * 1e-9
+        self._counters.computed_bytes += nbytes
+        self._counters.computed_seconds += seconds
+        note(LANE, f"layer {layer}: {arrays.num_records} experts", begun, ended)
+        if expected or seconds < self.cost.seconds(nbytes):
+            self.cost.observe(nbytes, seconds)
+
+    # -- its results ----------------------------------------------------------------------------
 
     def join(self, outputs: torch.Tensor) -> None:
-        """Enqueue that what `finish` has waited for comes into its rows of `outputs` [T · k, H]."""
+        """Enqueue that what has been computed comes into its rows of `outputs` [T · k, H]."""
         join(self._results, self._wanted[: len(outputs)], outputs)
-
-    def reset(self) -> None:
-        """A letter has been read: there is nothing to `join` yet."""
-        if self._joins:
-            self._numbers[:] = 0
-            self._joins = False
 
     def abandon(self) -> None:
         """Nothing is under way any more."""
-        if self._under_way is not None:
-            self._finish()
-        self.reset()
-
-    def _begin(self, layer: int, addresses: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
-        records, which = addresses, np.arange(len(addresses))
-        if tokens.any():  # several tokens may want the same
-            records, which = np.unique(addresses, return_inverse=True)
-        kernels = self._kernels[self._layouts[layer]]
-        self._nbytes = len(records) * self._record_bytes[layer]
-        self._span = span(LANE, f"layer {layer}: {len(records)} experts")
-        self._span.__enter__()
-        self._started = time.perf_counter()
-        kernels.begin(records, self._inputs, tokens, which, self._outputs[: len(which)])
-        self._under_way = kernels
-
-    def _finish(self) -> float:
-        """Wait; the seconds since it began, which count for the cost unless it ended before."""
-        assert self._under_way is not None, "nothing was started"
-        was_left = self._under_way.finish()
-        self._under_way = None
-        seconds = time.perf_counter() - self._started
-        self._span.__exit__(None, None, None)
-        if was_left or seconds < self.cost.seconds(self._nbytes):
-            self.cost.observe(self._nbytes, seconds)
-        return seconds
+        self.finish()

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,10 @@ from numpy.typing import NDArray
 from tierrun.engine.gpu.layout import ExpertLayout
 from tierrun.engine.kernels.geometry import COLUMNS, ROWS
 from tierrun.io.extent import align_up
+
+if TYPE_CHECKING:
+    from tierrun.engine.kernels.answer import LaneArrays
+    from tierrun.engine.kernels.workers import Workers
 
 _MACHINES = ("x86_64", "aarch64")
 _ALIGNMENT = 64
@@ -60,6 +65,7 @@ class HostExperts:
         self._table = self._inners = np.empty(0, np.int64)
         self._job = np.zeros(host_job.JOB_WORDS, np.int64)
         self._perform = host_job.perform().address
+        self._kept: list[object] = []
 
     def compute(
         self,
@@ -115,6 +121,47 @@ class HostExperts:
         The other threads compute meanwhile; everything given to `begin` stays as it is until now.
         """
         return self._workers.finish()
+
+    def lane(
+        self, hidden: NDArray[np.float32], out: NDArray[np.float32], numbers: NDArray[np.int64]
+    ) -> "LaneArrays":
+        """For `answer`, which computes from rows of `hidden` into rows of `out` [A, H].
+
+        Of the layers of one geometry; its memory is kept by what is returned and by this object.
+        """
+        from tierrun.engine.kernels.answer import LaneArrays
+
+        most, found = len(out), self._tasks
+        words = most * (self._host.TABLE_ROW // 8) + 2 * most
+        table = np.zeros(words, np.int64)
+        stride = align_up(4 * self._inner, _ALIGNMENT)
+        inners = np.zeros(most * stride // 8, np.int64)
+        job = np.array(
+            [
+                *(found.first, found.down, 0, found.first_tiles, found.down_tiles),
+                *(hidden.ctypes.data, out.ctypes.data, inners.ctypes.data),
+                *(stride, table.ctypes.data),
+            ],
+            np.int64,
+        )
+        self._kept += [hidden, out, inners, table, job]
+        return LaneArrays(
+            self._workers.state,
+            self._perform,
+            job,
+            table,
+            numbers,
+            np.zeros(most, np.int64),
+            np.zeros(most, np.int64),
+            np.zeros(most, np.int64),
+            np.zeros(2, np.int64),
+            found.first_tiles + found.down_tiles,
+        )
+
+    @property
+    def workers(self) -> "Workers":
+        """Its threads."""
+        return self._workers
 
     def _reserve(self, records: int, assignments: int) -> int:
         """Make room for so many; the bytes from one row between the products to the next."""

@@ -4,13 +4,24 @@ import numpy as np
 import pytest
 import torch
 
-from tierrun.engine.gpu.letters import Mailboxes
+from tierrun.engine.gpu.letters import Letter, Mailboxes
 from tierrun.engine.kernels.join import join
 from tierrun.engine.kernels.lookup import look_up, look_up_late
 from tierrun.tiers.slottable import ABSENT, FOR_HOST, IN_PLACE, KIND
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+
+
+def read(boxes: Mailboxes, layer: int, count: int) -> Letter:
+    found = boxes.answer(layer, count, count, 0, np.zeros(200, np.int64))
+    assert found >= 0
+    letter = boxes.letter(layer, count)
+    if not found:
+        noted = boxes.noted()
+        assert np.array_equal(noted.experts, letter.experts)
+        assert np.array_equal(noted.entries, letter.entries)
+    return letter
 
 
 def numbers(values: list[int]) -> torch.Tensor:
@@ -35,7 +46,7 @@ def test_slots_come_back_and_the_letter_arrives(count: int, share: float) -> Non
         experts = torch.randint(0, 100, (count,), device=DEVICE)
         slots = torch.empty(count, dtype=torch.int64, device=DEVICE)
         look_up(table, experts, slots, boxes.memory(1), shares)
-        letter = boxes.wait(1, count)
+        letter = read(boxes, 1, count)
         assert np.array_equal(letter.experts, experts.cpu().numpy())
         assert not boxes.memory(1)[0]
         said = table[experts].cpu().numpy()
@@ -62,6 +73,16 @@ def test_what_comes_late_is_found_once() -> None:
     assert found.tolist() == [-1] * 6
 
 
+def test_a_journal_that_nobody_reads_is_no_broken_memory() -> None:
+    boxes = Mailboxes(num_layers=1, assignments=4, pinned=CUDA)
+    for _ in range(2):
+        boxes.memory(0)[0] = 1
+        boxes.answer(0, 4, 4, 0, np.zeros(8, np.int64))
+    boxes.memory(0)[0] = 1
+    with pytest.raises(OverflowError, match="journal"):
+        boxes.answer(0, 4, 4, 0, np.zeros(8, np.int64))
+
+
 def test_a_forward_pass_broken_off_leaves_no_letter() -> None:
     boxes = Mailboxes(num_layers=2, assignments=4, pinned=CUDA)
     boxes.memory(0)[0] = 1
@@ -82,7 +103,7 @@ def test_the_input_arrives_with_the_letter(tokens: int, size: int) -> None:
         experts = torch.randint(0, 32, (tokens, 2), device=DEVICE)
         slots = torch.empty(2 * tokens, dtype=torch.int64, device=DEVICE)
         look_up(table, experts, slots, boxes.memory(0), shares, hidden, copy)
-        boxes.wait(0, 2 * tokens)
+        read(boxes, 0, 2 * tokens)
         if seed == 0:
             assert torch.equal(copy, before), "the CPU has no part in it"
             continue

@@ -190,7 +190,7 @@ def test_others_compute_while_the_caller_does_something_else(
     left = set()
     for number in range(60):
         out = np.full_like(wanted, np.nan)
-        experts.begin(layer.records, x, tokens, which, out)
+        experts.begin(layer.addresses, x, tokens, which, out)
         time.sleep(0.02 if number % 2 else 0)
         left.add(experts.finish())
         assert np.array_equal(out, wanted)
@@ -204,7 +204,7 @@ def test_the_caller_does_alone_what_nobody_else_does(
     layer, _ = small
     experts, x = HostExperts(layer.layout, 1), layer.activations(1)
     out = np.full((1, 300), np.nan, np.float32)
-    experts.begin(layer.records, x, np.array([0]), np.array([1]), out)
+    experts.begin(layer.addresses, x, np.array([0]), np.array([1]), out)
     assert np.isnan(out).all() and experts.finish()
     layer.check(out, x, [0], [1])
 

@@ -32,12 +32,18 @@ def test_equal_lanes_share_equally_and_a_fast_one_takes_more() -> None:
 
 def test_the_one_that_is_always_last_gets_less() -> None:
     lanes = Lanes(Cost(0, 1e-10), Cost(0, 1e-10))
-    for _ in range(50):
-        lanes.balance(gpu_was_last=True)
-    assert lanes.cpu_share(8, MIB) > 4
-    for _ in range(1000):
-        lanes.balance(gpu_was_last=False)
-    assert 0 < lanes.cpu_share(8, MIB) < 4, "within bounds"
+
+    def passes(count: int, *last: bool) -> int:
+        for _ in range(count):
+            for gpu_was_last in last:
+                lanes.balance(gpu_was_last=gpu_was_last)
+            lanes.has_changed()
+        return lanes.cpu_share(8, MIB)
+
+    assert passes(100, True, True, False) > 4
+    before = passes(1, True)
+    assert passes(100, True, False) == before, "balanced"
+    assert 0 < passes(2000, False) < 4, "within bounds"
 
 
 def test_a_lane_may_be_the_only_one() -> None:
@@ -51,7 +57,7 @@ def test_a_mode_that_changes_is_seen_at_once() -> None:
     assert lanes.has_changed() and not lanes.has_changed()
     lanes.mode = "auto"
     seen = [lanes.has_changed() for _ in range(40)]
-    assert seen[0] and 2 <= sum(seen) <= 4
+    assert seen[0] and 2 <= sum(seen) <= 8, "and now and then later"
 
 
 @given(starts, slopes, st.lists(st.integers(1, 64), min_size=2, max_size=8, unique=True))

@@ -775,7 +775,9 @@ def test_layers_that_found_everything_are_accounted_for_together(used: list[list
     with make_vram(vram=(18,), warm=(4,)) as it:
         it.vram.warm_up([ExpertKey(layer, e) for layer in range(3) for e in range(6)])
         it.vram.next_step()
-        it.vram.served([(n % 3, np.array(experts)) for n, experts in enumerate(used)])
+        first = it.rig.placement.first
+        chosen = [np.array(experts) + first[n % 3] for n, experts in enumerate(used)]
+        it.vram.served(np.concatenate([np.empty(0, dtype=np.int64), *chosen]))
         wanted = {(n % 3, expert) for n, experts in enumerate(used) for expert in experts}
         assert it.rig.counters.hot == len(wanted)
         last = it.rig.placement.policy.worth(np.arange(18), it.rig.placement.step)

@@ -171,7 +171,9 @@ class VramRig:
                 yield brought.arrived
 
     def account(self) -> None:
-        self.vram.served(self.unaccounted)
+        if self.unaccounted:
+            first = self.rig.placement.first
+            self.vram.served(np.concatenate([e + first[layer] for layer, e in self.unaccounted]))
         self.unaccounted.clear()
 
     def prefill(
