@@ -226,6 +226,26 @@ def test_experts_come_in_any_subsets(block: int) -> None:
         assert torch.equal(got, whole)
 
 
+@pytest.mark.parametrize("name", ["bf16", "q4_0", "q5_0"])
+def test_tiles_that_are_full_half_full_and_nearly_empty(name: str) -> None:
+    counts = torch.tensor([64, 65, 1, 128, 129, 193])
+    ids = torch.arange(EXPERTS).repeat_interleave(counts)
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(9))]
+    top_k = ids.view(-1, TOP_K)
+    layer = Layer(name, hidden=64, inner=40)
+    x = torch.randn(len(top_k), 64, generator=torch.Generator().manual_seed(10)) / 8
+    grouping = matmul.group(top_k.to(DEVICE), EXPERTS)
+    assert grouping.block == 128
+    gate = GATES["silu"]
+    h, y = run(layer, x, grouping, gate, [list(range(EXPERTS))])
+    assert_experts(layer, x, top_k, gate, grouping, h, y)
+
+
+def test_tokens_of_a_tile() -> None:
+    found = [matmul.group_block(mean) for mean in (0, 16, 16.5, 32, 32.5, 64, 1000)]
+    assert found == [16, 16, 32, 32, 128, 128, 128]
+
+
 def test_rows_can_be_left_for_the_module_to_join() -> None:
     layer, top_k = Layer("q4_0", hidden=64, inner=40), routed(20)
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(8))
