@@ -2,7 +2,7 @@
 
 Run as a program it compiles kernels for a Hopper that need not be there and prints, per kernel, how
 many loops have products, how many of those take an operand from registers, and which instructions
-endanger them. Arguments are `codec:block`, of the products of experts.
+endanger them. Arguments are `codec:block` (the products of experts) or `codec:block:linear`.
 """
 
 import json
@@ -160,6 +160,16 @@ def expert_products(codec: str, block: int) -> None:
     matmul.down(h, *place, second, torch.zeros(8, 1024))
 
 
+def linear_product(codec: str, block: int) -> None:
+    """The product of a resident matrix, with programs of `block` rows."""
+    import torch
+
+    from tierrun.engine.kernels import matmul
+
+    data = torch.zeros(1 << 10, dtype=torch.uint8)
+    matmul.linear(torch.zeros(block, 1024), data, matrix(codec, 1536, 1024), block=block)
+
+
 def main() -> None:
     sys.path.insert(0, os.getcwd())
     from tierrun.engine.kernels import matmul
@@ -167,8 +177,9 @@ def main() -> None:
     matmul._is_hopper = lambda _: True  # type: ignore[assignment]
     matmul._shared_memory = lambda _: 232448  # type: ignore[assignment]
     for argument in sys.argv[1:]:
-        codec, block = argument.split(":")
-        for name, cubin in compiled(partial(expert_products, codec, int(block))):
+        codec, block, *kind = argument.split(":")
+        call = partial(linear_product if kind else expert_products, codec, int(block))
+        for name, cubin in compiled(call):
             print(json.dumps([argument, name, *check(listing(cubin))]))
 
 

@@ -78,6 +78,32 @@ def test_any_number_of_tokens(tokens: int) -> None:
     assert_product(y - bias.to(DEVICE), operand(x), w)
 
 
+@pytest.mark.parametrize("name", ["q4_k", "q5_1", "int4_g96_bf16"])
+@pytest.mark.parametrize("tokens", [1, 256, 300])
+def test_programs_of_many_rows(name: str, tokens: int) -> None:
+    shape = (40, 96) if name == "int4_g96_bf16" else (40, 256)
+    data, described, w = matrix(name, *shape, seed=4)
+    x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(tokens))
+    y = matmul.linear(x.to(DEVICE), data.to(DEVICE), described, block=matmul.WIDE)
+    assert_product(y, operand(x), w)
+
+
+def test_rows_of_a_program_of_a_resident_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 of packed weights on Hopper, where rounds of such programs leave little idle."""
+    device = torch.device("cpu")
+    packed, small, dense = (
+        matrix(name, rows, 32, seed=1)[1]
+        for name, rows in (("q8_0", 14336), ("q8_0", 1024), ("bf16", 14336))
+    )
+    rows = (20, 64, 100, 256, 300, 512, 2048)
+    assert [matmul.linear_block(n, packed, device) for n in rows] == [32, 64, *[128] * 5]
+    monkeypatch.setattr(matmul, "_is_hopper", lambda _: True)
+    monkeypatch.setattr(matmul, "_processors", lambda _: 132)
+    found = [matmul.linear_block(n, packed, device) for n in rows]
+    assert found == [32, 64, 128, 256, 128, 256, 256]
+    assert [matmul.linear_block(2048, other, device) for other in (small, dense)] == [128, 128]
+
+
 def test_no_tokens() -> None:
     data, described, _ = matrix("q4_k", 32, 256, seed=3)
     x = torch.empty(0, 256, device=DEVICE)
