@@ -3,9 +3,9 @@
     python -m tierrun.bench.kernels_matmul [--out $OUT/matmul.json]
 
 2048 tokens through resident matrices and through the experts of one layer (both products, tokens
-routed at random), as the engine launches them (--sweep: in other ways too). The yardstick is the
-rate of an 8192³ product of torch's in bf16, measured in the same run. Weights are copied so often
-that no cache holds them.
+routed at random), as the engine launches them (--sweep: in other ways too, of which the fastest is
+printed). The yardstick is the rate of an 8192³ product of torch's in bf16, measured in the same
+run; shares are of it. Weights are copied so often that no cache holds them.
 """
 
 import itertools
@@ -13,6 +13,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -43,18 +44,18 @@ CHECKED = (
     *("iq4_xs", "mxfp4", "nvfp4", "nvfp4_div", "fp8_g128_f32", "fp8_row_f32", "int4_g128_bf16"),
     *("int4z_g128_f16", "int8_row_f32", *DTYPES),
 )
-TIMED = ("bf16", "q8_0", "q4_k", "mxfp4", "fp8_g128_f32", "q6_k")
+TIMED = ("bf16", "q8_0", "q4_k", "mxfp4", "fp8_g128_f32", "q6_k", "q5_k")
 
-_SMALL = Launch(64, 64, 4, 3)
 PACKED = {
-    64: (Launch(128, 64, 8, 3), Launch(128, 64, 4, 3), Launch(128, 128, 8, 2), _SMALL),
-    128: (Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(128, 128, 8, 2), _SMALL),
+    64: (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3, 80)),
+    128: (Launch(128, 64, 8, 3, 128), Launch(128, 64, 8, 3), Launch(64, 64, 4, 3)),
+    256: (Launch(128, 64, 8, 3), Launch(128, 64, 8, 2)),
 }
 DENSE = {
-    64: (Launch(128, 64, 4, 4), Launch(128, 64, 8, 4), Launch(64, 64, 4, 4)),
-    128: (Launch(128, 64, 8, 4), Launch(128, 64, 4, 4), Launch(128, 64, 8, 3)),
+    64: (Launch(128, 64, 4, 4), Launch(64, 64, 4, 4)),
+    128: (Launch(128, 64, 8, 4), Launch(128, 64, 8, 3)),
 }
-"""Tokens of a tile → launches tried."""
+"""Tokens of a tile → launches tried, the checked-in one first."""
 
 
 class Layer(NamedTuple):
@@ -106,13 +107,19 @@ def cases(sweep: bool) -> Iterator[Case]:
     """As the engine launches them; or, with `sweep`, in the other ways too."""
     for layer, codec in itertools.product(LAYERS, TIMED):
         rows = TOKENS * layer.top_k / layer.experts if layer.experts else TOKENS
-        own = matmul.group_block(rows) if layer.experts else matmul.block_of(rows)
+        tried = DENSE if codec in DTYPES else PACKED
         if not sweep:
+            own = matmul.group_block(rows) if layer.experts else _linear_block(layer, codec)
             yield Case(layer, codec, own, matmul.LAUNCHES[codec not in DTYPES, own])
             continue
-        tried = DENSE if codec in DTYPES else PACKED
-        for block in (64, 128) if layer.experts and rows <= 256 else (128,):
-            yield from (Case(layer, codec, block, launch) for launch in tried[block])
+        blocks = ((64, 128) if rows <= 256 else (128,)) if layer.experts else (128, matmul.WIDE)
+        for block in blocks:
+            yield from (Case(layer, codec, block, launch) for launch in tried.get(block, ()))
+
+
+def _linear_block(layer: Layer, codec: str) -> int:
+    described = geometry_of(codec, (layer.inner, layer.hidden))
+    return matmul.linear_block(TOKENS, described, torch.device("cuda"))
 
 
 def geometry_of(codec: str, shape: tuple[int, int]) -> Geometry:
@@ -145,7 +152,7 @@ def prepare(case: Case, tokens: int, copies: int) -> list[Callable[[], object]]:
     described, data = geometry_of(case.codec, shape), filled(case.codec, shape)
     x = torch.randn(tokens, case.layer.hidden, device="cuda")
     weights = [data.clone() for _ in range(copies)]
-    return [lambda w=w: matmul.linear(x, w, described) for w in weights]  # type: ignore[misc]
+    return [partial(matmul.linear, x, w, described, block=case.block) for w in weights]
 
 
 def _experts(case: Case, tokens: int, copies: int) -> list[Callable[[], object]]:
@@ -208,7 +215,10 @@ def yardstick() -> float:
 
 
 def check(codec: str, tokens: int) -> float:
-    """The largest error of a product, relative to the sum of its terms' magnitudes."""
+    """The largest error of a product, relative to the sum of its terms' magnitudes.
+
+    Packed weights are multiplied by programs of `WIDE` rows where there are as many.
+    """
     shape = (416, 512)
     data = matrix_bytes(codec, shape, generator(7))
     x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(tokens))
@@ -218,7 +228,8 @@ def check(codec: str, tokens: int) -> float:
     else:
         numbers = Packed.over(data, find_codec(codec), shape).dense()
     w, exact = numbers.half().double(), x.half().double()
-    got = matmul.linear(x.cuda(), data.cuda(), described).cpu().double()
+    block = matmul.WIDE if tokens >= matmul.WIDE and codec not in DTYPES else None
+    got = matmul.linear(x.cuda(), data.cuda(), described, block=block).cpu().double()
     return float(((got - exact @ w.T).abs() / (exact.abs() @ w.abs().T)).max())
 
 
@@ -235,14 +246,22 @@ def best(results: Sequence[Result]) -> list[Result]:
 def table(results: Sequence[Result], rate: float) -> Table:
     """One line for each layer and codec."""
     made = Table(title=f"{TOKENS} tokens; torch's bf16 at 8192³: {rate / 1e12:.0f} TFLOP/s")
-    for name in ("layer", "codec", "tile", "rows inputs warps stages", "ms", "TFLOP/s", "share"):
+    for name in (
+        "layer",
+        "codec",
+        "tile",
+        "rows inputs warps stages registers",
+        "ms",
+        "TFLOP/s",
+        "share",
+    ):
         made.add_column(name, justify="left" if name in ("layer", "codec") else "right")
     for case, seconds, flops, share in results:
         made.add_row(
             case.layer.text(),
             case.codec,
             str(case.block),
-            " ".join(map(str, case.launch)),
+            " ".join(str(value or "-") for value in case.launch),
             f"{seconds * 1e3:.3f}",
             f"{flops / 1e12:.0f}",
             f"{share:.0%}{'' if share >= AIM else ' <'}",
@@ -284,7 +303,7 @@ def main(
     console = open_console()
     with ProcessPoolExecutor(min(workers, os.cpu_count() or 1), get_context("spawn")) as pool:
         list(pool.map(compile_one, cases(sweep)))
-    errors = {codec: max(check(codec, tokens) for tokens in (20, 200)) for codec in CHECKED}
+    errors = {codec: max(check(codec, tokens) for tokens in (20, 200, 300)) for codec in CHECKED}
     for codec, error in errors.items():
         console.print(f"{codec}: error {error:.1e}{'' if error < 5e-5 else '  WRONG'}")
     rate = yardstick()

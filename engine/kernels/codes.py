@@ -83,16 +83,22 @@ def element(plane, units: tl.constexpr, unit, row, mask, other, M: tl.constexpr)
 
     What lies outside of `mask` (None: nothing) is `other`.
     """
-    tile = row // TILE
-    if narrow_rows(M) == 0:
-        place = (tile * units + unit) * TILE + row % TILE
-    else:  # the last tile is narrower
-        width = tl.where(tile < whole_tiles(M), TILE, narrow_rows(M))
-        place = tile * (units * TILE) + unit * width + row % TILE
+    place = place_of(units, unit, row, M)
     if mask is None:
         return tl.load(plane + place)
     else:
         return tl.load(plane + place, mask=mask, other=other)
+
+
+@triton.jit
+def place_of(units: tl.constexpr, unit, row, M: tl.constexpr):
+    """Where in a plane the element of `unit` and `row` is."""
+    tile = row // TILE
+    if narrow_rows(M) == 0:
+        return (tile * units + unit) * TILE + row % TILE
+    else:  # the last tile is narrower
+        width = tl.where(tile < whole_tiles(M), TILE, narrow_rows(M))
+        return tile * (units * TILE) + unit * width + row % TILE
 
 
 @triton.jit
@@ -305,6 +311,89 @@ def level(base, k, row, mask, M: tl.constexpr, which: tl.constexpr):
     else:
         typed = plane.to(tl.pointer_type(_dtype(kind)))
         return element(typed, M[which + UNITS], group, row, mask, 1, M).to(tl.float32)
+
+
+@triton.jit
+def fetched(
+    base,
+    OFFSET: tl.constexpr,
+    UNITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    start,
+    unit,
+    row,
+    M: tl.constexpr,
+    HOPPER: tl.constexpr,
+):
+    """Elements of a plane of `WIDTH` bits each, uint32: those of unit `start + unit` and `row`.
+
+    `start` is the same for all threads, and only the pointer to the plane has it added.
+    """
+    plane = (base + OFFSET).to(tl.pointer_type(_unsigned(WIDTH)))
+    if narrow_rows(M) == 0:
+        plane = plane + start * TILE
+    else:
+        unit = start + unit
+    place = plane + place_of(UNITS, unit, row, M)
+    if INTERPRETED or not HOPPER:
+        return tl.load(place).to(tl.uint32)
+    else:
+        # To Triton this is an operation element by element, done in the layout of what is made of
+        # it: into the registers that need it, not by way of shared memory.
+        return tl.inline_asm_elementwise(
+            _load_of(WIDTH), "=r,l", [place], dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+
+@triton.constexpr_function
+def _unsigned(width):
+    return {8: tl.uint8, 16: tl.uint16, 32: tl.uint32}[width]
+
+
+@triton.constexpr_function
+def _load_of(width):
+    return f"ld.global.{'b' if width == 32 else 'u'}{width} $0, [$1];"
+
+
+@triton.jit
+def level_bits(base, start, unit, row, M: tl.constexpr, which: tl.constexpr, HOPPER: tl.constexpr):
+    """What `level_number` needs for group `start + unit` of level `which`, `fetched`."""
+    if M[which + PER] == ROW:
+        start, unit = start * 0, unit * 0
+    elif M[which + ELEMENT] == _U4:
+        start, unit = start * 0, (start + unit) // 2
+    width: tl.constexpr = _width(M[which + ELEMENT])
+    return fetched(base, M[which + OFFSET], M[which + UNITS], width, start, unit, row, M, HOPPER)
+
+
+@triton.constexpr_function
+def _width(kind):
+    """Bits of an element in memory; of two where they are of four."""
+    return {_F32.value: 32, _F16.value: 16, _BF16.value: 16}.get(kind, 8)
+
+
+@triton.jit
+def level_number(bits, k, M: tl.constexpr, which: tl.constexpr):
+    """`level` from what `level_bits` gave for the group of inputs `k`, fp32."""
+    kind: tl.constexpr = M[which + ELEMENT]
+    if kind == _F32:
+        return bits.to(tl.float32, bitcast=True)
+    elif kind == _F16:
+        return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif kind == _BF16:
+        return (bits << 16).to(tl.float32, bitcast=True)
+    elif kind == _E8M0:
+        return tl.where(bits == 0, 1 << 22, bits << 23).to(tl.float32, bitcast=True)
+    elif kind == _E4M3:
+        half = _half_bits(bits << 8).to(tl.uint16).to(tl.float16, bitcast=True)
+        return half.to(tl.float32) * 256.0
+    elif kind == _U4:
+        shift = k // M[which + PER] % 2 * 4
+        return _counted((bits >> shift.to(tl.uint32)), 0, 4, 0, False)
+    elif kind == _I8:
+        return _counted(bits ^ 0x80, 0, 8, 128, False)
+    else:
+        return _counted(bits, 0, 8, 0, False)
 
 
 @triton.constexpr_function

@@ -7,7 +7,15 @@ import triton
 import triton.language as tl
 
 from tierrun.engine.kernels.codes import BF16, COLUMNS, F16, INTERPRETED, KIND, ROWS
-from tierrun.engine.kernels.tiles import GROWTH, arranged, input_at, load_dense, load_packed, shrunk
+from tierrun.engine.kernels.tiles import (
+    GROWTH,
+    arranged,
+    fetch_packed,
+    input_at,
+    load_dense,
+    shrunk,
+    unpacked,
+)
 
 
 @triton.jit
@@ -75,6 +83,49 @@ def product(
         record = tl.load(slots + tl.load(tiles + 3 * tile))
         first, end = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
     base = slab + tl.multiple_of(record + offset, 16)
+    bias = None if BIAS == 0 else bias + record + bias_offset
+    # experts' last tiles, if at most half full, are half the work
+    if tiles is not None and BM > 32 and end - first <= BM // 2:
+        _tile(
+            x, x_stride, base, first, end, block, order, bias, y, y_stride,
+            M, BIAS, GATHER, SCATTER, GATE, INTERLEAVED, ALPHA, LIMIT, UNIT,
+            BM // 2, BN, BK, HOPPER,
+        )  # fmt: skip
+    else:
+        _tile(
+            x, x_stride, base, first, end, block, order, bias, y, y_stride,
+            M, BIAS, GATHER, SCATTER, GATE, INTERLEAVED, ALPHA, LIMIT, UNIT,
+            BM, BN, BK, HOPPER,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    x,
+    x_stride,
+    base,
+    first,
+    end,
+    block,
+    order,
+    bias,
+    y,
+    y_stride,
+    M: tl.constexpr,
+    BIAS: tl.constexpr,
+    GATHER: tl.constexpr,
+    SCATTER: tl.constexpr,
+    GATE: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    UNIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    HOPPER: tl.constexpr,
+):
+    """Rows `first` up to `end`, at most BM; `base` and `bias` point to the matrix and its bias."""
     place = first + tl.arange(0, BM)
     inside = place < end
     place = tl.minimum(place, end - 1)
@@ -84,7 +135,7 @@ def product(
     row = _weight_row(block, BN, GATE > 0 and not INTERLEAVED, M)
     acc = _sums(inputs, base, row, BM, BK, M, HOPPER) * GROWTH
     if BIAS > 0:
-        acc += _plain(bias + record + bias_offset, row, BIAS)[:, None]
+        acc += _plain(bias, row, BIAS)[:, None]
     if GATE > 0:
         acc = _joined(acc, GATE, INTERLEAVED, ALPHA, LIMIT)
     out: tl.constexpr = acc.shape[0]
@@ -130,12 +181,18 @@ def _sums(
     steps: tl.constexpr = (M[COLUMNS] + BK - 1) // BK
     inputs = inputs + tl.arange(0, BK)[None, :]
     acc = tl.zeros([row.shape[0], BM], tl.float32)
-    for step in range(0, steps):
-        x = tl.load(inputs + step * BK)
-        if M[KIND] >= BF16:
+    if M[KIND] >= BF16:
+        for step in range(0, steps):
+            x = tl.load(inputs + step * BK)
             acc = _dot(load_dense(base, row, step * BK, BK, M), x, acc, HOPPER)
-        else:
-            acc = _dot(load_packed(base, row, step * BK, BK, M), x, acc, HOPPER)
+    else:
+        raw = fetch_packed(base, row, 0, BK, M, HOPPER)
+        for step in range(0, steps):
+            x = tl.load(inputs + step * BK)
+            w = unpacked(raw, step * BK, BK, M)
+            # the next step's, on their way during this one's product; the last step's once more
+            raw = fetch_packed(base, row, tl.minimum(step + 1, steps - 1) * BK, BK, M, HOPPER)
+            acc = _dot(w, x, acc, HOPPER)
     return acc
 
 

@@ -1,4 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc, no-any-return"
+# mypy: disable-error-code="assignment"
 """Device functions: weights as fp16 tiles [rows, inputs] in the layout that tensor cores take.
 
 A sum over inputs may run in any order, if both operands have the same one. In the registers of a
@@ -6,10 +7,12 @@ tensor core's left operand a lane holds pairs of neighbouring inputs, the four l
 by side. So each lane takes whole words of codes, and inputs are in the order (`arranged`) in which
 what it unpacks is what it must hold; activations are put into that order once per layer.
 
-Between a load and the tensor core there are only element by element operations and new shapes, and
-nothing that depends on a lane: then Triton moves the loads, not the numbers, into the tensor
-core's layout, and copies what is loaded ahead into shared memory. (That is so on Hopper, of whose
-warps none needs what another unpacks; on others the tile goes through shared memory.)
+Between a load and the tensor core there are only element by element operations and new shapes.
+Then Triton has all of them in the tensor core's layout, and those that load, too, as they are
+element by element operations to it (`codes.fetched`): a thread loads the words and levels that it
+needs itself, into registers, for a step while the tensor core computes the one before. (That is so
+on Hopper, of whose warps none needs what another unpacks; on others loads are Triton's own, and
+the tile goes through shared memory.) Plain numbers are loaded ahead into shared memory, by Triton.
 """
 
 import triton
@@ -23,21 +26,24 @@ from tierrun.engine.kernels.codes import (
     ELEMENT,
     F16,
     HIGH,
+    HIGH_OFFSET,
     HIGH_UNITS,
     INTERPRETED,
     KIND,
     LOW,
+    LOW_OFFSET,
     LOW_UNITS,
     MINIMUM,
+    MINIMUM_2,
     NO_LEVEL,
+    PER,
     ROWS,
     SCALE,
     SCALE_2,
     ZERO_POINT,
-    high_word,
-    level,
-    low_word,
-    minimum,
+    fetched,
+    level_bits,
+    level_number,
     number,
     prepared,
 )
@@ -53,9 +59,12 @@ GROWTH = tl.constexpr(64.0)
 
 def inputs_of_unit(matrix: Geometry) -> int:
     """Inputs that a lane unpacks at once: those of the widest plane's word. 1 where dense."""
-    if geometry.is_dense(matrix):
-        return 1
-    return 32 // (matrix[geometry.HIGH] or matrix[geometry.LOW])
+    return 1 if geometry.is_dense(matrix) else _unit_of(matrix)
+
+
+@triton.constexpr_function
+def _unit_of(M):
+    return 32 // (M[geometry.HIGH] or M[geometry.LOW])
 
 
 @triton.jit
@@ -107,19 +116,70 @@ def shrunk(x):
 
 
 @triton.jit
-def load_packed(base, row, k, BK: tl.constexpr, M: tl.constexpr):
-    """Inputs `k` to `k + BK` of the rows `row` [N], fp16 [N, BK] in the arranged order."""
-    words: tl.constexpr = M[LOW] // M[HIGH] if M[HIGH] > 0 else 1
-    inputs: tl.constexpr = words * (32 // M[LOW])
-    unit = k // inputs + tl.arange(0, BK // inputs)
+def fetch_packed(base, row, k, BK: tl.constexpr, M: tl.constexpr, HOPPER: tl.constexpr):
+    """What `unpacked` needs for inputs `k` to `k + BK` of the rows `row` [N]: a tuple of uint32.
+
+    Words of low bits, one of high bits, and the levels' elements: [N, units] of each, or [N] of
+    those that hold for more inputs than four lanes take.
+    """
+    words: tl.constexpr = _words_of(M)
+    inputs: tl.constexpr = _unit_of(M)
+    unit = tl.arange(0, BK // inputs)
+    found = ()
+    for w in tl.static_range(words):
+        start, place = _place(k // inputs * words, unit * words + w, M[LOW_UNITS], BK, M)
+        place, rows = place[None, :], row[:, None]
+        found = found + (
+            fetched(base, M[LOW_OFFSET], M[LOW_UNITS], 32, start, place, rows, M, HOPPER),
+        )
     if M[HIGH] > 0:
-        place = _within(unit, M[HIGH_UNITS], BK, M)
-        high = high_word(base, place[None, :], row[:, None], None, M)
+        start, place = _place(k // inputs, unit, M[HIGH_UNITS], BK, M)
+        place, rows = place[None, :], row[:, None]
+        found = found + (
+            fetched(base, M[HIGH_OFFSET], M[HIGH_UNITS], 32, start, place, rows, M, HOPPER),
+        )
+    for which in tl.static_range(SCALE, ZERO_POINT + 1, SCALE_2 - SCALE):
+        found = found + _fetch_level(base, row, k, unit * inputs, BK, M, which, HOPPER)
+    return found
+
+
+@triton.jit
+def _fetch_level(
+    base,
+    row,
+    k,
+    first,
+    BK: tl.constexpr,
+    M: tl.constexpr,
+    which: tl.constexpr,
+    HOPPER: tl.constexpr,
+):
+    """A level's elements: `first` are the first inputs of each unit."""
+    columns: tl.constexpr = _num_columns(M, which, BK)
+    per: tl.constexpr = M[which + PER]
+    found = ()
+    for i in tl.static_range(_num_fetched(M, which, BK)):
+        if columns > 0:
+            start = _within(k + i * (BK // columns), M[COLUMNS], BK, M) // per
+            found = found + (level_bits(base, start, 0, row, M, which, HOPPER),)
+        else:
+            at = first + i * (32 // M[LOW])
+            if M[COLUMNS] % BK == 0 and BK % per == 0:
+                start, group = k // per, at // per
+            else:
+                start, group = 0, _within(k + at, M[COLUMNS], BK, M) // per
+            group, rows = group[None, :], row[:, None]
+            found = found + (level_bits(base, start, group, rows, M, which, HOPPER),)
+    return found
+
+
+@triton.jit
+def _place(start, place, END: tl.constexpr, BK: tl.constexpr, M: tl.constexpr):
+    """Two whose sum is `start + place` before END; the first is the same for all threads."""
+    if M[COLUMNS] % BK == 0:
+        return start, place
     else:
-        high = unit  # not looked at
-    tile = _words(base, row, k, unit, high, 0, words, BK, M)
-    runs = tl.reshape(tile, [row.shape[0], unit.shape[0] // _LANES, _LANES, inputs // 2, 2])
-    return tl.reshape(tl.permute(runs, [0, 1, 3, 2, 4]), [row.shape[0], BK])
+        return 0, _within(start + place, END, BK, M)
 
 
 @triton.jit
@@ -128,32 +188,63 @@ def _within(place, END: tl.constexpr, BK: tl.constexpr, M: tl.constexpr):
     return place if M[COLUMNS] % BK == 0 else tl.minimum(place, END - 1)
 
 
+@triton.constexpr_function
+def _words_of(M):
+    """Words of low bits of a unit."""
+    return _unit_of(M) * M[geometry.LOW] // 32
+
+
+@triton.constexpr_function
+def _num_columns(M, which, BK):
+    """How many values of a level a step has, if each holds for units of all four lanes; or 0."""
+    grain = BK if M[which + geometry.PER] % BK == 0 else M[geometry.GROUP]
+    return BK // grain if grain % (_LANES.value * _unit_of(M)) == 0 else 0
+
+
+@triton.constexpr_function
+def _num_fetched(M, which, BK):
+    """How many tensors `fetch_packed` has for a level."""
+    if M[which + geometry.ELEMENT] == geometry.NO_LEVEL:
+        return 0
+    in_units = 1 if M[which + geometry.PER] % _unit_of(M) == 0 else _words_of(M)
+    return _num_columns(M, which, BK) or in_units
+
+
+@triton.constexpr_function
+def _first_fetched(M, which, BK):
+    """The place of the first of them."""
+    levels = range(geometry.SCALE, which, geometry.SCALE_2 - geometry.SCALE)
+    words = _words_of(M) + (M[geometry.HIGH] > 0)
+    return words + sum(_num_fetched(M, level, BK) for level in levels)
+
+
 @triton.jit
-def _words(
-    base,
-    row,
-    k,
-    unit,
-    high,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
-    BK: tl.constexpr,
-    M: tl.constexpr,
-):
+def unpacked(raw, k, BK: tl.constexpr, M: tl.constexpr):
+    """The numbers of what was fetched for inputs `k` on, fp16 [N, BK] in the arranged order."""
+    rows: tl.constexpr = raw[0].shape[0]
+    units: tl.constexpr = raw[0].shape[1]
+    tile = _words(raw, k, 0, _words_of(M), BK, M)
+    runs = tl.reshape(tile, [rows, units // _LANES, _LANES, BK // units // 2, 2])
+    return tl.reshape(tl.permute(runs, [0, 1, 3, 2, 4]), [rows, BK])
+
+
+@triton.jit
+def _words(raw, k, FIRST: tl.constexpr, COUNT: tl.constexpr, BK: tl.constexpr, M: tl.constexpr):
     """The values of COUNT words of each unit's low bits, from FIRST on: fp16 [N, units, inputs]."""
+    rows: tl.constexpr = raw[0].shape[0]
+    units: tl.constexpr = raw[0].shape[1]
     if COUNT == 1:
-        words: tl.constexpr = M[LOW] // M[HIGH] if M[HIGH] > 0 else 1
-        place = _within(unit * words + FIRST, M[LOW_UNITS], BK, M)
-        low = low_word(base, place[None, :], row[:, None], None, M)
-        scale, least, zero_point = _levels(base, row, k, unit.shape[0], FIRST, words, BK, M)
-        values = _values(prepared(low, high, FIRST, M), scale, least, zero_point, 0, 1, M)
-        return tl.reshape(values, [row.shape[0], unit.shape[0], 32 // M[LOW]])
+        high = raw[_words_of(M) if M[HIGH] > 0 else 0]
+        scale, least, zero_point = _levels(raw, k, FIRST, BK, M)
+        ready = prepared(raw[FIRST], high, FIRST, M)
+        values = _values(ready, scale, least, zero_point, 0, 1, M)
+        return tl.reshape(values, [rows, units, 32 // M[LOW]])
     else:
         half: tl.constexpr = COUNT // 2
-        one = _words(base, row, k, unit, high, FIRST, half, BK, M)
-        other = _words(base, row, k, unit, high, FIRST + half, half, BK, M)
+        one = _words(raw, k, FIRST, half, BK, M)
+        other = _words(raw, k, FIRST + half, half, BK, M)
         both = tl.permute(tl.join(one, other), [0, 1, 3, 2])
-        return tl.reshape(both, [row.shape[0], unit.shape[0], 2 * one.shape[2]])
+        return tl.reshape(both, [rows, units, 2 * one.shape[2]])
 
 
 @triton.jit
@@ -173,99 +264,49 @@ def _values(ready, scale, least, zero_point, I: tl.constexpr, STEP: tl.constexpr
         return tl.join(even, odd)
 
 
-@triton.constexpr_function
-def _grain(BK, M):
-    """Inputs over which every level is constant: all BK of a step, or up to 32."""
-    levels = range(geometry.SCALE, geometry.ZERO_POINT + 1, geometry.SCALE_2 - geometry.SCALE)
-    present = [at for at in levels if M[at + geometry.ELEMENT] != geometry.NO_LEVEL]
-    return BK if all(M[at + geometry.PER] % BK == 0 for at in present) else M[geometry.GROUP]
+@triton.jit
+def _levels(raw, k, WORD: tl.constexpr, BK: tl.constexpr, M: tl.constexpr):
+    """Scale, minimum and zero point of word WORD of each unit, fp32 [N, units]."""
+    scale = _level(raw, k, WORD, BK, M, SCALE)
+    least, zero_point = scale, scale
+    if M[SCALE_2 + ELEMENT] != NO_LEVEL:
+        second = _level(raw, k, WORD, BK, M, SCALE_2)
+        scale = scale / second if M[SCALE_2 + DIVIDES] else second * scale
+    if M[MINIMUM + ELEMENT] != NO_LEVEL:
+        least = _level(raw, k, WORD, BK, M, MINIMUM)
+    if M[MINIMUM_2 + ELEMENT] != NO_LEVEL:
+        least = _level(raw, k, WORD, BK, M, MINIMUM_2) * least
+    if M[ZERO_POINT + ELEMENT] != NO_LEVEL:
+        zero_point = _level(raw, k, WORD, BK, M, ZERO_POINT)
+    return scale, least, zero_point
 
 
 @triton.jit
-def _levels(
-    base,
-    row,
-    k,
-    UNITS: tl.constexpr,
-    WORD: tl.constexpr,
-    WORDS: tl.constexpr,
-    BK: tl.constexpr,
-    M: tl.constexpr,
-):
-    """Scale, minimum and zero point of word WORD of each unit from input `k` on, fp32 [N, UNITS].
-
-    Where four units are in one group, the four lanes of a row load the same, a group at a time:
-    loads of fewer elements than there are threads are done in any layout. Else a load has all
-    units.
-    """
-    unit: tl.constexpr = 32 // M[LOW] * WORDS
-    grain: tl.constexpr = _grain(BK, M)
-    least: tl.constexpr = M[MINIMUM + ELEMENT] != NO_LEVEL
-    zero: tl.constexpr = M[ZERO_POINT + ELEMENT] != NO_LEVEL
-    if grain >= _LANES * unit:
-        scale = _repeated(_columns(base, row, k, 0, BK // grain, grain, BK, M), UNITS)
-        m = (
-            _repeated(_columns(base, row, k, 1, BK // grain, grain, BK, M), UNITS)
-            if least
-            else scale
-        )
-        z = (
-            _repeated(_columns(base, row, k, 2, BK // grain, grain, BK, M), UNITS)
-            if zero
-            else scale
-        )
+def _level(raw, k, WORD: tl.constexpr, BK: tl.constexpr, M: tl.constexpr, which: tl.constexpr):
+    """Level `which` for word WORD of each unit, fp32 [N, units]."""
+    units: tl.constexpr = raw[0].shape[1]
+    at: tl.constexpr = _first_fetched(M, which, BK)
+    columns: tl.constexpr = _num_columns(M, which, BK)
+    if columns > 0:
+        bits = _wide(raw, at, columns, units // columns)
     else:
-        first = k + tl.arange(0, UNITS) * unit + WORD * (32 // M[LOW])
-        first, row = _within(first, M[COLUMNS], BK, M)[None, :], row[:, None]
-        scale = _level(base, row, first, 0, M)
-        m = _level(base, row, first, 1, M) if least else scale
-        z = _level(base, row, first, 2, M) if zero else scale
-    return scale, m, z
+        bits = raw[at + WORD % _num_fetched(M, which, BK)]
+    first = k + tl.arange(0, units) * (BK // units) + WORD * (32 // M[LOW])
+    return level_number(bits, first[None, :], M, which)
 
 
 @triton.jit
-def _columns(
-    base,
-    row,
-    k,
-    WHICH: tl.constexpr,
-    COUNT: tl.constexpr,
-    GRAIN: tl.constexpr,
-    BK: tl.constexpr,
-    M: tl.constexpr,
-):
-    """`_level` for COUNT groups of GRAIN inputs from `k` on, [N, COUNT]."""
+def _wide(raw, AT: tl.constexpr, COUNT: tl.constexpr, TIMES: tl.constexpr):
+    """COUNT columns [N] from raw[AT] on, each repeated, [N, COUNT * TIMES]."""
+    rows: tl.constexpr = raw[AT].shape[0]
     if COUNT == 1:
-        return _level(base, row, _within(k, M[COLUMNS], BK, M), WHICH, M)[:, None]
+        return tl.broadcast_to(raw[AT][:, None], [rows, TIMES])
     else:
         half: tl.constexpr = COUNT // 2
-        low = _columns(base, row, k, WHICH, half, GRAIN, BK, M)
-        high = _columns(base, row, k + half * GRAIN, WHICH, half, GRAIN, BK, M)
-        return tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [row.shape[0], COUNT])
-
-
-@triton.jit
-def _level(base, row, k, WHICH: tl.constexpr, M: tl.constexpr):
-    """The scale (WHICH 0), minimum (1) or zero point (2) for inputs `k` of `row`, fp32."""
-    if WHICH == 0:
-        scale = level(base, k, row, None, M, SCALE)
-        if M[SCALE_2 + ELEMENT] != NO_LEVEL:
-            second = level(base, k, row, None, M, SCALE_2)
-            scale = scale / second if M[SCALE_2 + DIVIDES] else second * scale
-        return scale
-    elif WHICH == 1:
-        return minimum(base, k, row, None, M)
-    else:
-        return level(base, k, row, None, M, ZERO_POINT)
-
-
-@triton.jit
-def _repeated(values, UNITS: tl.constexpr):
-    """Values [N, G] for every unit, [N, UNITS]."""
-    n: tl.constexpr = values.shape[0]
-    groups: tl.constexpr = values.shape[1]
-    wide = tl.broadcast_to(values[:, :, None], [n, groups, UNITS // groups])
-    return tl.reshape(wide, [n, UNITS])
+        low = _wide(raw, AT, half, TIMES)
+        high = _wide(raw, AT + half, half, TIMES)
+        both = tl.permute(tl.join(low, high), [0, 2, 1])
+        return tl.reshape(both, [rows, COUNT * TIMES])
 
 
 @triton.jit

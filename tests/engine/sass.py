@@ -1,7 +1,8 @@
 """What Hopper's machine code must not do: write a register that a product under way still reads.
 
 Run as a program it compiles kernels for a Hopper that need not be there and prints, per kernel, how
-many products take an operand from registers and which instructions endanger them.
+many loops have products, how many of those take an operand from registers, and which instructions
+endanger them. Arguments are `codec:block` (the products of experts) or `codec:block:linear`.
 """
 
 import json
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -24,8 +26,9 @@ _WRITES_NONE = re.compile(r"ST|RED|LDGSTS|BRA|BAR|EXIT|HGMMA|WARP|[A-Z]*SETP|PLO
 
 
 class Found(NamedTuple):
-    """Products in loops with an operand in registers, and the instructions that harm them."""
+    """Loops with products, those with an operand in registers, the instructions that harm them."""
 
+    loops: int
     products: int
     hazards: list[str]
 
@@ -52,19 +55,18 @@ def _lines(text: str) -> Iterator[str]:
 def check(lines: Sequence[str]) -> Found:
     """Two turns of every loop that has products."""
     places = {line: number for number, line in enumerate(lines) if line.startswith(".L_x_")}
-    products, hazards = 0, list[str]()
+    loops, products, hazards = 0, 0, list[str]()
     for end, line in enumerate(lines):
         jump = _JUMP.search(line)
         start = places.get(jump.group(1), end) if jump else end
         body = lines[start:end]
         if any(_PRODUCT.match(instruction) for instruction in body):
-            found = _check_loop(body)
-            products += found.products
-            hazards += found.hazards
-    return Found(products, hazards)
+            more, harm = _check_loop(body)
+            loops, products, hazards = loops + 1, products + more, hazards + harm
+    return Found(loops, products, hazards)
 
 
-def _check_loop(body: Sequence[str]) -> Found:
+def _check_loop(body: Sequence[str]) -> tuple[int, list[str]]:
     under_way, products, hazards = list[set[int]](), 0, list[str]()
     for line in [*body, *body]:
         if written(line) & set().union(*under_way):
@@ -77,7 +79,7 @@ def _check_loop(body: Sequence[str]) -> Found:
         elif wait:
             left = int(wait.group(1), 16)
             under_way = under_way[max(0, len(under_way) - left) :] if left else []
-    return Found(products // 2, hazards)
+    return products // 2, hazards
 
 
 def written(instruction: str) -> set[int]:
@@ -130,24 +132,25 @@ def compiled(call: Callable[[], object]) -> list[tuple[str, bytes]]:
     return kept
 
 
-def prefill_products(codec: str, block: int) -> None:
+def matrix(codec: str, rows: int, columns: int) -> Any:
+    """The geometry of a matrix in a codec, a dense one or a packed one."""
+    from tierrun.engine.codecs.codec import find_codec
+    from tierrun.engine.codecs.dense import DTYPES
+    from tierrun.engine.kernels.geometry import dense_geometry, packed_geometry
+
+    shape = rows, columns
+    dense = codec in DTYPES
+    return dense_geometry(codec, shape) if dense else packed_geometry(find_codec(codec), shape)
+
+
+def expert_products(codec: str, block: int) -> None:
     """Both products of some experts, with tiles of `block` tokens."""
     import torch
 
-    from tierrun.engine.codecs.codec import find_codec
-    from tierrun.engine.codecs.dense import DTYPES
     from tierrun.engine.kernels import matmul
-    from tierrun.engine.kernels.geometry import dense_geometry, packed_geometry
     from tierrun.engine.kernels.matvec import Gate
 
-    def matrix(rows: int, columns: int) -> Any:
-        shape = rows, columns
-        dense = codec in DTYPES
-        return dense_geometry(codec, shape) if dense else packed_geometry(find_codec(codec), shape)
-
-    matmul._is_hopper = lambda _: True  # type: ignore[assignment]
-    matmul._shared_memory = lambda _: 232448  # type: ignore[assignment]
-    up, down = matrix(1536, 1024), matrix(1024, 768)
+    up, down = matrix(codec, 1536, 1024), matrix(codec, 1024, 768)
     grouping = matmul.group(torch.zeros(4, 2, dtype=torch.int64), 2)._replace(block=block)
     slab, slots = torch.zeros(1 << 20, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
     place = grouping, grouping.tiles(range(2)), slab, slots
@@ -157,11 +160,26 @@ def prefill_products(codec: str, block: int) -> None:
     matmul.down(h, *place, second, torch.zeros(8, 1024))
 
 
+def linear_product(codec: str, block: int) -> None:
+    """The product of a resident matrix, with programs of `block` rows."""
+    import torch
+
+    from tierrun.engine.kernels import matmul
+
+    data = torch.zeros(1 << 10, dtype=torch.uint8)
+    matmul.linear(torch.zeros(block, 1024), data, matrix(codec, 1536, 1024), block=block)
+
+
 def main() -> None:
     sys.path.insert(0, os.getcwd())
+    from tierrun.engine.kernels import matmul
+
+    matmul._is_hopper = lambda _: True  # type: ignore[assignment]
+    matmul._shared_memory = lambda _: 232448  # type: ignore[assignment]
     for argument in sys.argv[1:]:
-        codec, block = argument.split(":")
-        for name, cubin in compiled(lambda c=codec, b=block: prefill_products(c, int(b))):  # type: ignore[misc]
+        codec, block, *kind = argument.split(":")
+        call = partial(linear_product if kind else expert_products, codec, int(block))
+        for name, cubin in compiled(call):
             print(json.dumps([argument, name, *check(listing(cubin))]))
 
 

@@ -78,6 +78,32 @@ def test_any_number_of_tokens(tokens: int) -> None:
     assert_product(y - bias.to(DEVICE), operand(x), w)
 
 
+@pytest.mark.parametrize("name", ["q4_k", "q5_1", "int4_g96_bf16"])
+@pytest.mark.parametrize("tokens", [1, 256, 300])
+def test_programs_of_many_rows(name: str, tokens: int) -> None:
+    shape = (40, 96) if name == "int4_g96_bf16" else (40, 256)
+    data, described, w = matrix(name, *shape, seed=4)
+    x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(tokens))
+    y = matmul.linear(x.to(DEVICE), data.to(DEVICE), described, block=matmul.WIDE)
+    assert_product(y, operand(x), w)
+
+
+def test_rows_of_a_program_of_a_resident_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 of packed weights on Hopper, where rounds of such programs leave little idle."""
+    device = torch.device("cpu")
+    packed, small, dense = (
+        matrix(name, rows, 32, seed=1)[1]
+        for name, rows in (("q8_0", 14336), ("q8_0", 1024), ("bf16", 14336))
+    )
+    rows = (20, 64, 100, 256, 300, 512, 2048)
+    assert [matmul.linear_block(n, packed, device) for n in rows] == [32, 64, *[128] * 5]
+    monkeypatch.setattr(matmul, "_is_hopper", lambda _: True)
+    monkeypatch.setattr(matmul, "_processors", lambda _: 132)
+    found = [matmul.linear_block(n, packed, device) for n in rows]
+    assert found == [32, 64, 128, 256, 128, 256, 256]
+    assert [matmul.linear_block(2048, other, device) for other in (small, dense)] == [128, 128]
+
+
 def test_no_tokens() -> None:
     data, described, _ = matrix("q4_k", 32, 256, seed=3)
     x = torch.empty(0, 256, device=DEVICE)
@@ -224,6 +250,26 @@ def test_experts_come_in_any_subsets(block: int) -> None:
     assert_experts(layer, x, top_k, gate, grouping, h, y)
     for got, whole in zip((h, y), run(layer, x, grouping, gate, [list(range(6))]), strict=True):
         assert torch.equal(got, whole)
+
+
+@pytest.mark.parametrize("name", ["bf16", "q4_0", "q5_0"])
+def test_tiles_that_are_full_half_full_and_nearly_empty(name: str) -> None:
+    counts = torch.tensor([64, 65, 1, 128, 129, 193])
+    ids = torch.arange(EXPERTS).repeat_interleave(counts)
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(9))]
+    top_k = ids.view(-1, TOP_K)
+    layer = Layer(name, hidden=64, inner=40)
+    x = torch.randn(len(top_k), 64, generator=torch.Generator().manual_seed(10)) / 8
+    grouping = matmul.group(top_k.to(DEVICE), EXPERTS)
+    assert grouping.block == 128
+    gate = GATES["silu"]
+    h, y = run(layer, x, grouping, gate, [list(range(EXPERTS))])
+    assert_experts(layer, x, top_k, gate, grouping, h, y)
+
+
+def test_tokens_of_a_tile() -> None:
+    found = [matmul.group_block(mean) for mean in (0, 16, 16.5, 32, 32.5, 64, 1000)]
+    assert found == [16, 16, 32, 32, 128, 128, 128]
 
 
 def test_rows_can_be_left_for_the_module_to_join() -> None:
