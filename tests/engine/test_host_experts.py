@@ -83,6 +83,10 @@ class Layer:
         values: Floats = (0.1 * torch.randn(tokens, self.hidden, generator=random)).numpy()
         return values
 
+    @property
+    def addresses(self) -> np.ndarray:
+        return np.array([record.data_ptr() for record in self.records], np.int64)
+
     def compute(
         self, experts: HostExperts, x: Floats, tokens: list[int], which: list[int]
     ) -> Floats:
