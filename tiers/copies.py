@@ -22,6 +22,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from tierrun.io.errors import DeviceError
+from tierrun.tiers.driver import copy_async
+
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """(target, source): uint8 views of the same size."""
 
@@ -181,9 +184,21 @@ class CudaCopies:
 
 def _copy(stream: torch.cuda.Stream, pairs: Pairs) -> _CudaCopy:
     copy = _CudaCopy(_Event(enable_timing=True), _Event(enable_timing=True))
+    copy.begun.record(stream)
+    by_driver = copy_async()
+    if by_driver is None:
+        _copy_by_torch(stream, pairs)
+    else:
+        for target, source in pairs:
+            nbytes = target.numel()
+            code = by_driver(target.data_ptr(), source.data_ptr(), nbytes, stream.cuda_stream)
+            if code:
+                raise DeviceError(f"the GPU failed: a copy of {nbytes} bytes gave error {code}")
+    copy.ended.record(stream)
+    return copy
+
+
+def _copy_by_torch(stream: torch.cuda.Stream, pairs: Pairs) -> None:
     with torch.cuda.stream(stream):
-        copy.begun.record(stream)
         for target, source in pairs:
             target.copy_(source, non_blocking=True)
-        copy.ended.record(stream)
-    return copy

@@ -1,9 +1,7 @@
 """Kinds of memory that a slab can be made of: ordinary, page-locked, and a device's."""
 
-import ctypes
 import logging
 import mmap
-import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 from weakref import finalize
@@ -12,6 +10,7 @@ import torch
 
 from tierrun.io.errors import BudgetError, UsageError
 from tierrun.io.extent import PAGE, format_bytes
+from tierrun.tiers.driver import device_address
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ class PinnedMemory:
     def is_read_in_place(self, memory: torch.Tensor) -> bool:
         """Whether kernels can read `memory`, which is from `allocate`, at its own address."""
         address = memory.data_ptr()
-        return address in self._unpin and _device_address(address) == address
+        return address in self._unpin and device_address(address) == address
 
     def _pin(self, memory: torch.Tensor) -> str | None:
         """Why `memory` could not be pinned; None if it is, and works."""
@@ -138,19 +137,6 @@ class PinnedMemory:
 
 def _unregister(address: int) -> None:
     _cudart().cudaHostUnregister(address)
-
-
-def _device_address(address: int) -> int | None:
-    """Where the device sees page-locked memory; None where it does not."""
-    found = ctypes.c_uint64()
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        code = driver.cuMemHostGetDevicePointer_v2(
-            ctypes.byref(found), ctypes.c_void_p(address), ctypes.c_uint(0)
-        )
-    except (OSError, AttributeError):
-        return None
-    return None if code else found.value
 
 
 def _cudart() -> Any:

@@ -53,6 +53,9 @@ _SEEDING = 8
 _TRIALS = 3
 """Of the same number of experts in RAM, when the cost of reading them is measured."""
 
+_LOOKS = 4
+"""Every so many layers it is asked which lane was later: the question takes some microseconds."""
+
 _keys = count()
 _layers: "dict[int, tuple[ReferenceType[DeviceExperts | NoExperts], int]]" = {}
 """Key of an experts module → its owner and its layer there; keeps no owner alive."""
@@ -219,21 +222,20 @@ class DeviceExperts:
             )
         if found & answers.ABSENT:
             self._serve_absent(call, found, late)
-        if found & answers.COMPUTED and host is not None:
-            self._finish(host, alone=found == answers.COMPUTED)
-            join()
-        elif host is not None and host.is_claimed:
-            host.release(computed=False)
+        if host is not None:
+            self._end_host_part(host, layer, found)
+            if found & answers.COMPUTED:
+                join()
         if layer + 1 == len(self._compute):
             self._account()  # while the device is still busy
 
-    def _finish(self, host: HostLane, *, alone: bool) -> None:
-        """The CPU's part is over; `alone`: nothing was absent, so it is done already."""
-        if not alone:
+    def _end_host_part(self, host: HostLane, layer: int, found: int) -> None:
+        """The CPU's part is over: it is already, unless something was absent."""
+        if found & answers.ABSENT:
             host.finish()
             return
-        host.release(computed=True)
-        if self.lanes is not None:
+        host.release()
+        if found & answers.SHARED and self.lanes is not None and layer % _LOOKS == 0:
             self.lanes.balance(gpu_was_last=self._vram.copies.is_computing())
 
     def _serve_absent(self, call: _Call, found: int, late: Work) -> None:
@@ -242,7 +244,7 @@ class DeviceExperts:
         waited, read = counters.wait_seconds, counters.cold
         letter = self._mailboxes.letter(call.layer, call.assignments)
         if self._host is not None and not found & answers.COMPUTED:
-            self._host.release(computed=False)
+            self._host.release()
         with span(HOST, f"layer {call.layer}: serves misses"):
             self._fetch(call, letter, late)
         nbytes = (counters.cold - read) * int(self._record_bytes[call.layer])
@@ -302,6 +304,8 @@ class DeviceExperts:
             self._ledger.counters.zero_copy_bytes += int(self._bytes_of[in_place].sum())
             np.add.at(self._counts, experts, 1)
             self._vram.served(experts)
+        if self._host is not None:
+            self._host.account()
 
     # -- prefill --------------------------------------------------------------------------------
 

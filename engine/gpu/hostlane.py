@@ -58,8 +58,9 @@ class HostLane:
             self._results.numpy(),
         )
         self._kernels = {layout: HostExperts(layout, threads) for layout in dict.fromkeys(layouts)}
+        self._log = np.zeros((len(layouts), 3), dtype=np.int64)
         arrays = {
-            layout: kernels.lane(self._inputs, self._outputs, self._wanted.numpy())
+            layout: kernels.lane(self._inputs, self._outputs, self._wanted.numpy(), self._log)
             for layout, kernels in self._kernels.items()
         }
         self._arrays = [arrays[layout] for layout in layouts]
@@ -89,37 +90,36 @@ class HostLane:
         self._claimed = layer
         return self._arrays[layer]
 
-    def release(self, *, computed: bool) -> None:
-        """The letter is answered; if the CPU had a part (`computed`), that is done."""
-        layer, self._claimed = self._claimed, None
-        assert layer is not None, "never claimed"
+    def release(self) -> None:
+        """The letter is answered, and the CPU's part done, if it has one."""
+        assert self._claimed is not None, "never claimed"
+        self._claimed = None
         self._workers.release()
-        if computed:
-            self._account(layer, expected=True)
 
     def finish(self) -> None:
         """The letter is answered, and the CPU's part under way, if it is claimed: wait for it."""
         layer, self._claimed = self._claimed, None
         if layer is not None:
             was_left = self._workers.finish()
-            self._arrays[layer].times[1] = time.perf_counter_ns()
-            self._account(layer, expected=was_left)
+            # what had ended before says nothing of how long it took
+            self._log[layer, 1] = time.perf_counter_ns() if was_left else 0
 
     @property
     def is_claimed(self) -> bool:
         """Whether a letter is being answered."""
         return self._claimed is not None
 
-    def _account(self, layer: int, *, expected: bool) -> None:
-        """Count what was computed; what it took says something if it was `expected` to end."""
-        arrays = self._arrays[layer]
-        begun, ended = arrays.times.tolist()
-        nbytes, seconds = arrays.num_records * self._record_bytes[layer], (ended - begun) * 1e-9
-        self._counters.computed_bytes += nbytes
-        self._counters.computed_seconds += seconds
-        note(LANE, f"layer {layer}: {arrays.num_records} experts", begun, ended)
-        if expected or seconds < self.cost.seconds(nbytes):
-            self.cost.observe(nbytes, seconds)
+    def account(self) -> None:
+        """Count what has been computed since the last time, and learn from what it took."""
+        for layer in np.flatnonzero(self._log[:, 2]).tolist():
+            begun, ended, records = self._log[layer].tolist()
+            nbytes = records * self._record_bytes[layer]
+            self._counters.computed_bytes += nbytes
+            if ended:
+                self._counters.computed_seconds += (ended - begun) * 1e-9
+                self.cost.observe(nbytes, (ended - begun) * 1e-9)
+                note(LANE, f"layer {layer}: {records} experts", begun, ended)
+        self._log[:, 2] = 0
 
     # -- its results ----------------------------------------------------------------------------
 

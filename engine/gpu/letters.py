@@ -64,7 +64,9 @@ class Mailboxes:
         box, lane = self._boxes[layer], lane or self._no_lane
         deadline = 0.0
         while True:
-            found = int(answer(box, assignments, top_k, first, addresses, *self._journal, *lane))
+            found = int(
+                answer(box, layer, assignments, top_k, first, addresses, *self._journal, *lane)
+            )
             if found >= 0:
                 return found
             now = time.monotonic()

@@ -16,14 +16,15 @@ from tierrun.engine.kernels.host_job import JOB_WORDS, RECORDS, arrange
 from tierrun.engine.kernels.native import load_atomic, nanoseconds, pause, store_atomic, word
 from tierrun.engine.kernels.workers import begin, finish
 
-NOT_YET, COMPUTED, ABSENT = -1, 1, 2
-"""What `answer` returns: no letter; else, both or neither: the CPU has a part, some are absent."""
+NOT_YET, COMPUTED, ABSENT, SHARED = -1, 1, 2, 4
+"""What `answer` returns: no letter; else bits: the CPU has a part, some are absent, and (with the
+first only) the device reads some in RAM as well."""
 
 LOOKS = 1 << 14
 """At the flag before Python may see whether the device is lost, or a key was pressed: 1 ms."""
 
 _HEAD = 1
-_FOR_HOST, _KIND = 3, 7
+_IN_PLACE, _FOR_HOST, _KIND = 2, 3, 7
 
 
 class Journal(NamedTuple):
@@ -37,8 +38,9 @@ class Journal(NamedTuple):
 class LaneArrays(NamedTuple):
     """The CPU lane's memory for one layer's geometry; see `host_job` for `job` and `table`.
 
-    `numbers` [A] gets, of each assignment, the row of its result + 1, or 0; `times` [2] when the
-    CPU began and ended, in ns of the monotonic clock.
+    `numbers` [A] gets, of each assignment, the row of its result + 1, or 0; `log` [layers, 3] when
+    the CPU began and ended in each layer, in ns of the monotonic clock, and with how many records
+    (0: it had no part since that was last looked at).
     """
 
     state: int
@@ -49,33 +51,30 @@ class LaneArrays(NamedTuple):
     records: NDArray[np.int64]
     tokens: NDArray[np.int64]
     which: NDArray[np.int64]
-    times: NDArray[np.int64]
+    log: NDArray[np.int64]
     tasks_per_record: int
-
-    @property
-    def num_records(self) -> int:
-        """What the CPU computed last, or computes."""
-        return int(self.job[RECORDS // 8])
 
 
 def no_lane() -> LaneArrays:
     """Where the CPU has no part."""
     empty = np.zeros(1, np.int64)
-    return LaneArrays(0, 0, np.zeros(JOB_WORDS, np.int64), *(empty,) * 6, 0)
+    return LaneArrays(
+        0, 0, np.zeros(JOB_WORDS, np.int64), *(empty,) * 5, np.zeros((1, 3), np.int64), 0
+    )
 
 
 _WORDS = "int64[::1]"
 _JOURNAL = ",".join((_WORDS,) * 3)
-_LANE = ",".join(("int64", "int64", *(_WORDS,) * 7, "int64"))
+_LANE = ",".join(("int64", "int64", *(_WORDS,) * 6, "int64[:, ::1]", "int64"))
 
 
-@njit(f"void(int64, int64, int64, int64, {_WORDS}, {_LANE})", nogil=True, cache=True)
+@njit(f"void(int64, int64, int64, int64, int64, {_WORDS}, {_LANE})", nogil=True, cache=True)
 def _begin(
-    box, count, top_k, first, addresses,
-    state, perform, job, table, numbers, records, tokens, which, times, tasks_per_record,
+    box, layer, count, top_k, first, addresses,
+    state, perform, job, table, numbers, records, tokens, which, log, tasks_per_record,
 ):  # fmt: skip
     """Let the threads begin with what is left to the CPU; one record for all who want it."""
-    times[0] = nanoseconds()
+    log[layer, 0] = nanoseconds()
     used, mine = 0, 0
     for i in range(count):
         numbers[i] = 0
@@ -90,22 +89,26 @@ def _begin(
             mine += 1
             numbers[i] = mine
     arrange(records[:used], tokens[:mine], count // top_k, which[:mine], table)
-    job[RECORDS // 8] = used
+    job[RECORDS // 8] = log[layer, 2] = used
     begin(state, perform, job.ctypes.data, used * tasks_per_record)
 
 
-@njit(f"int64(int64, int64, int64, int64, {_WORDS}, {_JOURNAL}, {_LANE})", nogil=True, cache=True)
+@njit(
+    f"int64(int64, int64, int64, int64, int64, {_WORDS}, {_JOURNAL}, {_LANE})",
+    nogil=True,
+    cache=True,
+)
 def answer(
-    box, count, top_k, first, addresses,
+    box, layer, count, top_k, first, addresses,
     experts, entries, filled,
-    state, perform, job, table, numbers, records, tokens, which, times, tasks_per_record,
+    state, perform, job, table, numbers, records, tokens, which, log, tasks_per_record,
 ):  # fmt: skip
     """Wait for a letter and do what can be done here; see `NOT_YET`.
 
-    `box` is the address of a mailbox for `count` assignments, `top_k` of them per token; `first`
-    the number of the layer's first expert; `addresses` where in RAM the experts (over all) are.
-    The rest is a `Journal` and `LaneArrays`. Unless something is absent, the letter is in the
-    journal and the CPU's part is done; else the CPU's part is under way and must be finished.
+    `box` is the address of the mailbox of `layer`, for `count` assignments, `top_k` of them per
+    token; `first` the number of the layer's first expert; `addresses` where in RAM the experts
+    (over all) are. The rest is a `Journal` and `LaneArrays`. Unless something is absent, the letter
+    is in the journal and the CPU's part is done; else that is under way and must be finished.
     """
     looks = 0
     while load_atomic(box) == 0:
@@ -114,16 +117,17 @@ def answer(
             return NOT_YET
         pause()
     store_atomic(box, 0)
-    some, absent = False, False
+    some, absent, shared = False, False, False
     for i in range(count):
         kind = word(box + 8 * (_HEAD + count + i)) & _KIND
         some |= kind == _FOR_HOST
         absent |= kind == _KIND
+        shared |= kind == _IN_PLACE
     some &= state != 0
     if some:
         _begin(
-            box, count, top_k, first, addresses,
-            state, perform, job, table, numbers, records, tokens, which, times, tasks_per_record,
+            box, layer, count, top_k, first, addresses,
+            state, perform, job, table, numbers, records, tokens, which, log, tasks_per_record,
         )  # fmt: skip
     if absent:
         return ABSENT | COMPUTED if some else ABSENT
@@ -136,6 +140,6 @@ def answer(
     filled[0] = place + count
     if some:
         finish(state)
-        times[1] = nanoseconds()
-        return COMPUTED
+        log[layer, 1] = nanoseconds()
+        return COMPUTED | SHARED if shared else COMPUTED
     return 0

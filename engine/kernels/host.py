@@ -123,7 +123,11 @@ class HostExperts:
         return self._workers.finish()
 
     def lane(
-        self, hidden: NDArray[np.float32], out: NDArray[np.float32], numbers: NDArray[np.int64]
+        self,
+        hidden: NDArray[np.float32],
+        out: NDArray[np.float32],
+        numbers: NDArray[np.int64],
+        log: NDArray[np.int64],
     ) -> "LaneArrays":
         """For `answer`, which computes from rows of `hidden` into rows of `out` [A, H].
 
@@ -154,7 +158,7 @@ class HostExperts:
             np.zeros(most, np.int64),
             np.zeros(most, np.int64),
             np.zeros(most, np.int64),
-            np.zeros(2, np.int64),
+            log,
             found.first_tiles + found.down_tiles,
         )
 
