@@ -75,6 +75,11 @@ class SlotTable:
 
     # -- what kernels see -----------------------------------------------------------------------
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether a `flush` is due."""
+        return bool(self._changed)
+
     def flush(self) -> None:
         """Let lookups see what has changed."""
         if self._changed:

@@ -108,6 +108,8 @@ class VramTier:
         self._spare_warm = [self._spare_of(number) for number in range(len(tier.record_bytes))]
         self._transfers = Transfers(placement, self.slots, copies, placement.ledger)
         self._call: VramCall | None = None
+        self._ahead: set[int] = set()
+        """Experts that were copied ahead for the next stream."""
         self.chunks = VramChunks(placement, self.slots)
         self.straight: StraightReads | None = None
 
@@ -154,7 +156,8 @@ class VramTier:
         """See `Residency.next_step`; a call that was given up ends here, before any lookup."""
         self.abandon()
         self.residency.next_step()
-        self._table.flush()
+        if self._table.has_changed:  # a prompt that was broken off has copied ahead
+            self.publish()
 
     def used(self, layer: int, experts: Sequence[int]) -> None:
         """See `Residency.used`."""
@@ -458,6 +461,29 @@ class VramTier:
             for one in held:
                 leases[one.slot] -= 1
 
+    def copy_ahead(self, layer: int, experts: Sequence[int]) -> None:
+        """Start copies of those of `experts` that RAM has: a prompt is likely to want them next.
+
+        As many, the first ones, as pass through slots that hold nothing proven, once the kernels
+        that were launched have ended. To be called between two streams.
+        """
+        placement, record_class = self._placement, self._placement.class_of_layer[layer]
+        room, found = self.slots.num_passing(record_class), list[Held]()
+        coming = self._coming()
+        for expert in experts:
+            index = placement.index(layer, expert)
+            home = placement.homes.get(index)
+            absent = self.slots.slot_of[index] == NOBODY and index not in coming
+            if absent and home is not None and home.ticket is None and len(found) < room:
+                found.append(Held(expert, *home))
+        if not found:
+            return
+        self.copies.computed()()
+        made = self.slots.make_room(record_class, len(found))
+        assert made, "something is leased between two streams"
+        self._ahead = {placement.index(layer, one.expert) for one in found}
+        self._enqueue_up(layer, found)
+
     def _keep(self, slot: int, share: int) -> bool:
         """Prove a slot that was free, while the layer's share and the reserve allow it."""
         kept = share > 0 and self.slots.slack(int(self._tier.record_class[slot])) > 0
@@ -495,6 +521,7 @@ class VramTier:
         if self._call is not call:
             return
         self._call = None
+        self._ahead.clear()
         self.slots.sweep()
         self._publish_deferred()
         self.publish()
@@ -515,7 +542,9 @@ class VramTier:
         slots = self.slots.slot_of[self._placement.indices(layer, experts)].tolist()
         hits = {e: slot for e, slot in zip(experts, slots, strict=True) if slot != NOBODY}
         missing = [e for e in experts if e not in hits]
-        self._counters.hot += len(hits)
+        ahead = len(self._ahead.intersection(self._placement.indices(layer, list(hits)).tolist()))
+        self._counters.warm += ahead
+        self._counters.hot += len(hits) - ahead
         return hits, missing
 
     def _make_room(self, call: VramCall, count: int) -> None:
@@ -529,13 +558,16 @@ class VramTier:
 
     def _copy_up(self, call: VramCall, held: list[Held]) -> list[int]:
         """Enqueue copies into slots for which room has been made, and publish them."""
-        index = self._placement.index
-        experts = [index(call.layer, one.expert) for one in held]
-        slots = [self.slots.take(call.record_class, expert) for expert in experts]
+        slots = self._enqueue_up(call.layer, held)
+        call.lease(slots)
+        return slots
+
+    def _enqueue_up(self, layer: int, held: list[Held]) -> list[int]:
+        index, record_class = self._placement.index, self._placement.class_of_layer[layer]
+        slots = [self.slots.take(record_class, index(layer, one.expert)) for one in held]
         self._transfers.promote([(one.slot, slot) for one, slot in zip(held, slots, strict=True)])
         for slot in slots:
             self.slots.publish(slot)
-        call.lease(slots)
         return slots
 
     def _arrivals(self, experts: list[int], slots: list[int]) -> list[Arrival]:
@@ -543,14 +575,6 @@ class VramTier:
         return [Arrival(*pair) for pair in zip(experts, places, strict=True)]
 
     # -- beside them ----------------------------------------------------------------------------
-
-    def look_ahead(self, layer: int, experts: Sequence[int]) -> None:
-        """Read what `layer` is expected to want into the warm tier, unless it is here."""
-        self._transfers.settle()
-        slots = self.slots.slot_of[self._placement.indices(layer, experts)].tolist()
-        absent = [e for e, slot in zip(experts, slots, strict=True) if slot == NOBODY]
-        self.residency.look_ahead(layer, absent)
-        self._table.flush()
 
     def warm_up(self, order: Iterable[ExpertKey]) -> None:
         """Fill VRAM with the first of `order` that it can hold; nothing counts as a lookup.

@@ -23,8 +23,8 @@ _RANKED = 32
 """Slots that are ranked at once: more than one step displaces, most of the time."""
 
 _SHARE_OF_RESERVE = 16
-_MOST_RESERVE = 32
-"""The reserve is at most a 16th of the slots, and 32, unless top-k is more."""
+_MOST_RESERVE = 96
+"""The reserve is at most a 16th of the slots, and 96, unless top-k is more."""
 
 
 _COPY_PAYS = 2.0
@@ -79,6 +79,12 @@ class VramSlots:
 
     def _num_open(self, record_class: int) -> int:
         return self.tier.num_free(record_class) + len(self._unproven[record_class])
+
+    def num_passing(self, record_class: int) -> int:
+        """Slots that are free, or hold something unproven and are not leased."""
+        leases = self.tier.leases
+        idle = sum(leases[slot] == 0 for slot in self._unproven[record_class])
+        return self.tier.num_free(record_class) + int(idle)
 
     # -- filling --------------------------------------------------------------------------------
 

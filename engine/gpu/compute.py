@@ -98,7 +98,7 @@ class Prefill:
         """
         for expert, offset in group:
             self._offsets[expert] = offset
-        slots = torch.tensor(self._offsets, device=self._hidden.device)
+        slots = matmul.upload(torch.tensor(self._offsets), self._hidden.device)
         tiles = self._grouping.tiles([expert for expert, _ in group])
         h = self._first(tiles, slab, slots)
         matmul.down(h, self._grouping, tiles, slab, slots, self._layout.down, outputs)

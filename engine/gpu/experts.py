@@ -318,12 +318,22 @@ class DeviceExperts:
         self._account()
         prefill = Prefill(self._compute[layer], hidden, top_k, len(self.usage[layer]))
         self.usage[layer] += torch.tensor(prefill.counts)
+        last = top_k[-_SEEDING:].tolist()  # now, while the device has nothing to do
         with span(HOST, f"layer {layer}: streams {len(prefill.experts)} experts"):
             for group in self._vram.stream(layer, prefill.experts):
                 self._vram.copies.ready()
                 prefill.run(self._vram.base, group, outputs)
-        for chosen in top_k[-_SEEDING:].tolist():
+        if layer + 1 < len(self._compute) and 2 * len(prefill.experts) > len(self.usage[layer]):
+            self._vram.copy_ahead(layer + 1, self._most_used(layer + 1))
+        for chosen in last:
             self._vram.used(layer, chosen)
+
+    def _most_used(self, layer: int) -> list[int]:
+        """Experts of `layer` that any token has chosen so far, the most used first."""
+        counts = self.usage[layer].numpy()
+        most = np.argsort(-counts, kind="stable")
+        used: list[int] = most[: np.count_nonzero(counts)].tolist()
+        return used
 
 
 def _none_copied(held: list[Held]) -> int:

@@ -86,10 +86,14 @@ class Grouping(NamedTuple):
             for expert in experts
             for first in range(self.starts[expert], self.starts[expert + 1], self.block)
         ]
-        found = torch.tensor(rows, dtype=torch.int32).view(-1, 3)
-        if self.order.device.type != "cuda":
-            return found
-        return found.pin_memory().to(self.order.device, non_blocking=True)
+        return upload(torch.tensor(rows, dtype=torch.int32).view(-1, 3), self.order.device)
+
+
+def upload(small: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`small`, of the host, on the device, in stream order: the host waits for nothing."""
+    if device.type != "cuda":
+        return small
+    return small.pin_memory().to(device, non_blocking=True)
 
 
 def group(top_k: torch.Tensor, experts: int) -> Grouping:

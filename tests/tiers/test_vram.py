@@ -176,7 +176,7 @@ def test_a_hit_on_an_unproven_slot_may_prove_it() -> None:
         assert 2 in it.proven(0) and it.here(0) >= {0, 1, 2}
 
 
-@pytest.mark.parametrize(("slots", "reserve"), [(9, 8), (128, 8), (320, 20), (640, 32)])
+@pytest.mark.parametrize(("slots", "reserve"), [(9, 8), (128, 8), (320, 20), (1600, 96)])
 def test_the_reserve_is_top_k_or_more_where_that_costs_little(slots: int, reserve: int) -> None:
     with make_vram(layers=[Experts(128, 8)] * 5, vram=(slots,), warm=(16,)) as it:
         assert it.vram.slots.reserve == [reserve]
@@ -269,6 +269,37 @@ def test_the_books_of_copies_do_not_grow(kind: str) -> None:
             learn(it, 0, *range(14))
         assert it.rig.counters.demoted_bytes > 20 * PAGE
         assert it.vram.num_copies <= 8
+
+
+# -- copied ahead --------------------------------------------------------------------------------
+
+
+@kinds
+def test_what_was_copied_ahead_is_there_and_counts_as_of_ram(kind: str) -> None:
+    with make_vram(kind, layers=WIDE, vram=(6,), warm=(24,)) as it:
+        it.rig.prefill(1, list(range(12)))
+        it.prefill(0, [0, 1, 2, 3, 4, 5])
+        proven = it.proven(0)
+        it.vram.copy_ahead(1, list(range(12)))
+        before = it.rig.counters.warm, it.rig.counters.hot
+        copied = len(it.here(1))
+        assert copied == 6 - len(proven), "whatever nothing proven holds"
+        promoted = it.rig.counters.promoted_bytes
+        groups = it.prefill(1, list(range(12)))
+        assert set(groups[0]) == set(range(copied)) and it.proven(0) == proven
+        assert (it.rig.counters.warm, it.rig.counters.hot) == (before[0] + 12, before[1])
+        assert it.rig.counters.promoted_bytes == promoted + (12 - copied) * PAGE
+
+
+@kinds
+def test_nothing_is_copied_ahead_over_what_kernels_still_read(kind: str) -> None:
+    with make_vram(kind, layers=WIDE, vram=(4,), warm=(36,)) as it:
+        for layer in (0, 1, 2, 0, 1):
+            it.prefill(layer, list(range(12)))
+            it.vram.copy_ahead((layer + 1) % 3, list(range(12)))
+        it.vram.next_step()
+        it.check_seen()
+        it.vram.check_integrity()
 
 
 # -- found in RAM --------------------------------------------------------------------------------
@@ -448,16 +479,6 @@ def test_what_is_worth_less_than_what_warm_holds_is_dropped(wanted: bool) -> Non
         assert (0 in it.warm(0)) is wanted
         assert it.rig.counters.demoted_bytes == wanted * PAGE
         assert it.here(0) == {0, 1}, "until its slot is reused"
-
-
-def test_looking_ahead_reads_nothing_that_is_in_vram() -> None:
-    with make_vram(layers=WIDE, vram=(6,), warm=(3,)) as it:
-        step(it, 1, 4, 5)
-        it.rig.prefill(0, [0, 1, 2, 3])
-        calls = len(it.rig.reader.calls)
-        it.vram.look_ahead(1, [4, 5, 6])
-        it.rig.drain()
-        assert len(it.rig.reader.calls) == calls + 1 and 6 in it.warm(1)
 
 
 # -- errors --------------------------------------------------------------------------------------

@@ -193,9 +193,9 @@ class VramMachine(RuleBasedStateMachine):
             self.it.vram.used(layer, of_layer(layer, experts))
 
     @rule(layer=layers, experts=many_experts)
-    def look_ahead(self, layer: int, experts: list[int]) -> None:
+    def copy_ahead(self, layer: int, experts: list[int]) -> None:
         self.it.vram.abandon()
-        self.it.vram.look_ahead(layer, of_layer(layer, experts))
+        self.it.vram.copy_ahead(layer, of_layer(layer, experts))
 
     @rule(nbytes=st.sampled_from([1, 6 * PAGE]))
     def shrink(self, nbytes: int) -> None:

@@ -164,7 +164,8 @@ class VramRig:
                 memory, key = held.tier.memory(held.slot), ExpertKey(layer, held.expert)
                 assert memory.numpy().tobytes() == self.rig.tiny.record(key), key
                 if key not in self.computed:
-                    self._read_in_ram(key, memory.data_ptr(), at_once=False)
+                    at_once = self.vram.in_ram is not InRam.IN_PLACE
+                    self._read_in_ram(key, memory.data_ptr(), at_once)
             if len(experts) > self.rig.placement.top_k[layer] and self.in_place:
                 self.copies.synchronize()
             if brought.arrived:
