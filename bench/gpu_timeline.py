@@ -67,7 +67,7 @@ def recorded(work: Callable[[], object], device: str) -> Recorded:
         profiler.export_chrome_trace(str(path))
         trace = json.loads(path.read_text())
     events = list(_device_events(trace))
-    for track, name, start, end in timeline.spans:
+    for track, name, start, end, _ in timeline.spans:
         events.append(Event("host", track, name, start * 1e6 + clock, (end - start) * 1e6, {}))
     first, last = started * 1e6 + clock, ended * 1e6 + clock
     events.append(Event("host", "work", "all of it", first, last - first, {}))
