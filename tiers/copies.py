@@ -22,6 +22,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from tierrun.io.timeline import ASIDE, DOWN, UP, between, records_device
+
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """(target, source): uint8 views of the same size."""
 
@@ -142,18 +144,18 @@ class CudaCopies:
 
     def to_device(self, pairs: Pairs) -> Copy:
         """See `Copies`."""
-        return _copy(self._up, pairs)
+        return _copy(self._up, pairs, UP)
 
     def to_host(self, pairs: Pairs) -> Copy:
         """See `Copies`."""
         self._down.wait_stream(self._up)
         self._down.wait_stream(self._compute())
-        return _copy(self._down, pairs)
+        return _copy(self._down, pairs, DOWN)
 
     def aside(self, pairs: Pairs) -> Copy:
         """See `Copies`."""
         self._aside.wait_stream(self._compute())
-        return _copy(self._aside, pairs)
+        return _copy(self._aside, pairs, ASIDE)
 
     def _compute(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._device)
@@ -179,11 +181,14 @@ class CudaCopies:
         torch.cuda.synchronize(self._device)
 
 
-def _copy(stream: torch.cuda.Stream, pairs: Pairs) -> _CudaCopy:
+def _copy(stream: torch.cuda.Stream, pairs: Pairs, track: str) -> _CudaCopy:
     copy = _CudaCopy(_Event(enable_timing=True), _Event(enable_timing=True))
     with torch.cuda.stream(stream):
         copy.begun.record(stream)
         for target, source in pairs:
             target.copy_(source, non_blocking=True)
         copy.ended.record(stream)
+    if records_device():
+        nbytes = sum(target.nbytes for target, _ in pairs)
+        between(track, f"{len(pairs)} records", copy.begun, copy.ended, nbytes)
     return copy
