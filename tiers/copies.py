@@ -23,6 +23,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from tierrun.io.errors import DeviceError
+from tierrun.io.timeline import ASIDE, DOWN, UP, between, records_device
 from tierrun.tiers.driver import copy_async
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -145,18 +146,18 @@ class CudaCopies:
 
     def to_device(self, pairs: Pairs) -> Copy:
         """See `Copies`."""
-        return _copy(self._up, pairs)
+        return _copy(self._up, pairs, UP)
 
     def to_host(self, pairs: Pairs) -> Copy:
         """See `Copies`."""
         self._down.wait_stream(self._up)
         self._down.wait_stream(self._compute())
-        return _copy(self._down, pairs)
+        return _copy(self._down, pairs, DOWN)
 
     def aside(self, pairs: Pairs) -> Copy:
         """See `Copies`."""
         self._aside.wait_stream(self._compute())
-        return _copy(self._aside, pairs)
+        return _copy(self._aside, pairs, ASIDE)
 
     def _compute(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._device)
@@ -182,7 +183,7 @@ class CudaCopies:
         torch.cuda.synchronize(self._device)
 
 
-def _copy(stream: torch.cuda.Stream, pairs: Pairs) -> _CudaCopy:
+def _copy(stream: torch.cuda.Stream, pairs: Pairs, track: str) -> _CudaCopy:
     copy = _CudaCopy(_Event(enable_timing=True), _Event(enable_timing=True))
     copy.begun.record(stream)
     by_driver = copy_async()
@@ -195,6 +196,9 @@ def _copy(stream: torch.cuda.Stream, pairs: Pairs) -> _CudaCopy:
             if code:
                 raise DeviceError(f"the GPU failed: a copy of {nbytes} bytes gave error {code}")
     copy.ended.record(stream)
+    if records_device():
+        nbytes = sum(target.nbytes for target, _ in pairs)
+        between(track, f"{len(pairs)} records", copy.begun, copy.ended, nbytes)
     return copy
 
 

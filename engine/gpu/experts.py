@@ -34,7 +34,7 @@ from tierrun.engine.kernels import answer as answers
 from tierrun.engine.kernels.geometry import COLUMNS, ROWS
 from tierrun.engine.kernels.lookup import look_up, look_up_late
 from tierrun.io.store import Manifest
-from tierrun.io.timeline import HOST, span
+from tierrun.io.timeline import EXPERTS, HOST, REST, between, moment, span
 from tierrun.tiers.lanes import Cost, Lanes
 from tierrun.tiers.ledger import LayerTiming
 from tierrun.tiers.residency import Held
@@ -110,6 +110,7 @@ class DeviceExperts:
         self._bytes_of = np.repeat(self._record_bytes, sizes)
         self.interrupted = False
         self.cut: Cut | None = None
+        self._left: object = None
         self.lanes: Lanes | None = None
         self._host: HostLane | None = None
         for layer, module in enumerate(modules):
@@ -144,6 +145,7 @@ class DeviceExperts:
         if self.lanes is not None:
             self._share_out(self.lanes)
         self._last_end = time.perf_counter()
+        self._left = moment()
 
     def _share_out(self, lanes: Lanes) -> None:
         """Tell the device how many of so many experts in RAM it is to leave to the CPU."""
@@ -155,6 +157,8 @@ class DeviceExperts:
 
     def end_forward(self, tokens: int) -> None:
         """It is over."""
+        if tokens > DECODE_TOKENS:
+            between(REST, "after the last experts", self._left, moment())
         self._account()
         self._time(len(self._manifest.layers), tokens, time.perf_counter(), 0.0, 0)
 
@@ -191,7 +195,7 @@ class DeviceExperts:
         self._compute[layer].decode(hidden, self._vram.base, slots, outputs)
         late, join = partial(self._compute_late, call), partial(self._join, call)
         if self.cut is not None:
-            self.cut(partial(self._serve, call), late, join)
+            self.cut(partial(self._serve, call), late=late, join=join)
         else:
             self._serve(call, late, join)
 
@@ -315,18 +319,23 @@ class DeviceExperts:
         """Every expert of the layer once, most used first, in groups as they come into VRAM."""
         if self.interrupted:
             raise Interrupted
+        between(REST, f"layer {layer}: before its experts", self._left, moment())
         self._account()
-        prefill = Prefill(self._compute[layer], hidden, top_k, len(self.usage[layer]))
+        with span(HOST, f"layer {layer}: groups tokens"):
+            prefill = Prefill(self._compute[layer], hidden, top_k, len(self.usage[layer]))
         self.usage[layer] += torch.tensor(prefill.counts)
         last = top_k[-_SEEDING:].tolist()  # now, while the device has nothing to do
         with span(HOST, f"layer {layer}: streams {len(prefill.experts)} experts"):
             for group in self._vram.stream(layer, prefill.experts):
                 self._vram.copies.ready()
+                begun = moment()
                 prefill.run(self._vram.base, group, outputs)
+                between(EXPERTS, f"layer {layer}: {len(group)} experts", begun, moment())
         if layer + 1 < len(self._compute) and 2 * len(prefill.experts) > len(self.usage[layer]):
             self._vram.copy_ahead(layer + 1, self._most_used(layer + 1))
         for chosen in last:
             self._vram.used(layer, chosen)
+        self._left = moment()
 
     def _most_used(self, layer: int) -> list[int]:
         """Experts of `layer` that any token has chosen so far, the most used first."""

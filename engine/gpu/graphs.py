@@ -14,21 +14,37 @@ values when that one runs.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
+from tierrun.io.timeline import SEGMENTS, between, moment
+
 Work = Callable[[], None]
 HostStep = Callable[..., None]
-"""What the host does between two graphs; given what enqueues each work recorded beside."""
+"""What the host does between two graphs; given what enqueues each work recorded beside, by name."""
+
+
+class _Graph(NamedTuple):
+    """A graph, and what it is called on a timeline."""
+
+    graph: torch.cuda.CUDAGraph
+    name: str
+
+    def replay(self) -> None:
+        """Enqueue it on the current stream."""
+        begun = moment()
+        self.graph.replay()
+        between(SEGMENTS, self.name, begun, moment())
 
 
 class SegmentedGraph:
     """One recorded forward pass."""
 
     def __init__(self) -> None:
-        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._graphs: list[_Graph] = []
         self._steps: list[HostStep] = []
-        self._beside: list[list[torch.cuda.CUDAGraph]] = []
+        self._beside: list[dict[str, Work]] = []
         self._open: torch.cuda.CUDAGraph | None = None
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -52,45 +68,49 @@ class SegmentedGraph:
             except BaseException:
                 self._abandon()
                 raise
-            self._graphs.append(self._end())
+            self._graphs.append(self._end("last segment"))
         torch.cuda.current_stream().wait_stream(stream)
         return output
 
-    def cut(self, step: HostStep, *beside: Work) -> None:
+    def cut(self, step: HostStep, **beside: Work) -> None:
         """End the graph under way, let `step` follow it, begin the next; record what is beside."""
-        self._graphs.append(self._end())
+        number = len(self._graphs)
+        name = f"segment {number}" if number else "first segment"
+        self._graphs.append(self._end(name))
         self._steps.append(step)
-        self._beside.append([self._recorded(work) for work in beside])
+        works = beside.items()
+        recorded = {kind: self._recorded(work, f"segment {number}: {kind}") for kind, work in works}
+        self._beside.append({kind: graph.replay for kind, graph in recorded.items()})
         self._begin()
 
     def replay(self) -> None:
         """The whole pass, on the current stream."""
         for graph, step, beside in zip(self._graphs, self._steps, self._beside, strict=False):
             graph.replay()
-            step(*(one.replay for one in beside))
+            step(**beside)
         self._graphs[-1].replay()
 
-    def _recorded(self, work: Work) -> torch.cuda.CUDAGraph:
+    def _recorded(self, work: Work, name: str) -> _Graph:
         self._begin()
         work()
-        return self._end()
+        return self._end(name)
 
     def _begin(self) -> None:
         self._open = torch.cuda.CUDAGraph()
         # Other threads (reads, copies, pinning) may call CUDA meanwhile: only this one is captured.
         self._open.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
-    def _end(self) -> torch.cuda.CUDAGraph:
+    def _end(self, name: str) -> _Graph:
         graph, self._open = self._open, None
         assert graph is not None, "no graph is being recorded"
         graph.capture_end()
-        return graph
+        return _Graph(graph, name)
 
     def _abandon(self) -> None:
         """End a capture that failed; the first error is the one that says why."""
         try:
             if self._open is not None:
-                self._end()
+                self._end("never replayed")
         except RuntimeError:
             pass
         self._graphs.clear()

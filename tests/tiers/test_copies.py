@@ -1,10 +1,17 @@
 """Copies between host and device arrive whole, and in the order that was promised."""
 
+import time
+from itertools import count
+
 import pytest
 import torch
+from tests.clocks import CountingClock
 from tests.tiers.streams import FakeStreams
 from tests.tiers.vramrig import CUDA, KINDS, device_of, make_copies, on_cuda
 
+from tierrun.engine.gpu.clock import CudaClock
+from tierrun.io.timeline import ASIDE, DOWN, UP, Timeline
+from tierrun.tiers import copies as module
 from tierrun.tiers.copies import Copies, CudaCopies
 from tierrun.tiers.memory import PinnedMemory
 
@@ -107,6 +114,75 @@ def test_enqueueing_on_the_gpu_does_not_wait() -> None:
         ends = [copies.to_device([(slot, source)]) for _ in range(40)]
         assert not ends[-1].ended.query(), "40 copies of 64 MiB take 50 ms at least"
         assert all(end.wait() > 0 for end in ends)
+    finally:
+        torch.cuda.synchronize()
+        pinned.release(source)
+
+
+class CountedEvent:
+    """Knows as how many-th it was recorded."""
+
+    numbers = count(1)
+
+    def __init__(self, **_: object) -> None:
+        self.number = 0
+
+    def record(self, stream: object) -> None:
+        self.number = next(self.numbers)
+
+    def __float__(self) -> float:
+        return float(self.number)
+
+
+class IdleStream:
+    def __init__(self, *_: object) -> None:
+        self.device = CUDA
+
+    def wait_stream(self, other: object) -> None:
+        pass
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> CudaCopies:
+    """Copies of a GPU without one: at once, each event a second after the last."""
+    monkeypatch.setattr(CountedEvent, "numbers", count(1))
+    monkeypatch.setattr(module, "_Event", CountedEvent)
+    monkeypatch.setattr(module, "_Stream", IdleStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", IdleStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: torch.inference_mode(False))
+    return CudaCopies(CUDA)
+
+
+def test_copies_are_on_the_timeline(counted: CudaCopies) -> None:
+    pair = bytes_of(0, 4096), bytes_of(1, 4096)
+    counted.to_device([pair])
+    with Timeline(CountingClock()) as timeline:
+        counted.to_device([pair, pair])
+        counted.to_host([pair])
+        counted.aside([pair])
+    counted.to_device([pair])
+    assert [tuple(span) for span in timeline.spans] == [
+        (UP, "2 records", 103, 104, 8192),
+        (DOWN, "1 records", 105, 106, 4096),
+        (ASIDE, "1 records", 107, 108, 4096),
+    ]
+
+
+@on_cuda
+def test_copies_on_the_timeline_took_what_they_took() -> None:
+    pinned = PinnedMemory(CUDA, strict=True)
+    source = pinned.allocate(LARGE)
+    try:
+        copies, clock = CudaCopies(CUDA), CudaClock(CUDA, 64)
+        slot = there(copies, LARGE)
+        with Timeline(clock) as timeline:
+            started = time.perf_counter()
+            seconds = copies.to_device([(slot, source)]).wait()
+            ended = time.perf_counter()
+        (span,) = timeline.spans
+        assert span.nbytes == LARGE and span.end - span.start == pytest.approx(seconds, rel=0.01)
+        assert started - timeline.error <= span.start <= span.end <= ended + timeline.error
+        assert timeline.error < 1e-3
     finally:
         torch.cuda.synchronize()
         pinned.release(source)
