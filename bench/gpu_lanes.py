@@ -3,13 +3,12 @@
     python -m tierrun.bench.gpu_lanes STORE --vram 1%experts
 
 One engine; the modes take turns, so that nothing else differs. *Misses alone*: layers one after
-the other are asked for top-k experts of which VRAM has none, through a recorded graph as in decode,
-and the device is waited for after each; bytes of their records by seconds. *Decode*: the fixed
+the other are asked for top-k experts of which VRAM has none, through recorded graphs as in decode,
+but with nothing between the layers' experts; bytes of their records by seconds. *Decode*: the fixed
 stream of tokens, little in VRAM.
 """
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -55,49 +54,56 @@ class Misses:
             torch.zeros(1, described.top_k, dtype=torch.int64, device=device)
             for described in layers
         ]
-        self._graphs: dict[int, SegmentedGraph] = {}
+        for layer, chosen in enumerate(self._chosen):
+            chosen.copy_(torch.tensor([self._in_ram_only(layer, chosen.numel())]))
+        self._graph = self._record()
 
     def sample(self, mode: str, steps: int) -> Sample:
         """`steps` passes over all layers."""
         self._lanes.mode = mode
-        before, seconds = self._engine.ledger.snapshot(), 0.0
-        for _ in range(steps):
-            self._hook.start_forward()
-            seconds += sum(map(self._serve, range(len(self._chosen))))
-            self._hook.end_forward(1)
+        before = self._engine.ledger.snapshot()
+        seconds = sum(self._pass() for _ in range(steps))
         counters = self._engine.ledger.snapshot() - before
         served = counters.zero_copy_bytes + counters.computed_bytes
         return Sample(served / seconds, counters.computed_bytes / max(1, served))
 
-    def _in_ram_only(self, layer: int) -> np.ndarray:
-        first, last = self._warm.first[layer : layer + 2].tolist()
-        absent = np.flatnonzero(self._vram.slots.slot_of[first:last] == NOBODY)
-        return np.array([expert for expert in absent if first + int(expert) in self._warm.homes])
-
-    def _serve(self, layer: int) -> float:
-        """Seconds for one layer, if enough of its experts are in RAM only."""
-        experts, chosen = self._in_ram_only(layer), self._chosen[layer]
-        if len(experts) < chosen.numel():
-            return 0.0
-        picked = self._random.choice(experts, chosen.numel(), replace=False)
-        chosen.copy_(torch.tensor([picked.tolist()]))
-        graph = self._graph(layer)
+    def _pass(self) -> float:
+        """Seconds for all layers, one after the other, of experts that are in RAM only."""
+        for layer, chosen in enumerate(self._chosen):
+            chosen.copy_(torch.tensor([self._in_ram_only(layer, chosen.numel())]))
+        self._hook.start_forward()
         synchronise(self._device)
         started = time.perf_counter()
-        graph.replay()
+        self._graph.replay()
         synchronise(self._device)
-        return time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self._hook.end_forward(1)
+        return seconds
 
-    def _graph(self, layer: int) -> SegmentedGraph:
-        """The layer's experts alone, recorded after a first pass."""
-        if layer not in self._graphs:
-            graph = self._graphs[layer] = SegmentedGraph()
-            work = partial(self._hook, layer, self._hidden, self._chosen[layer])
-            work()
-            self._hook.cut = graph.cut
-            graph.record(work)
+    def _in_ram_only(self, layer: int, count: int) -> list[int]:
+        first, last = self._warm.first[layer : layer + 2].tolist()
+        absent = np.flatnonzero(self._vram.slots.slot_of[first:last] == NOBODY)
+        held = [int(expert) for expert in absent if first + int(expert) in self._warm.homes]
+        if len(held) < count:
+            raise TierrunError(f"layer {layer}: RAM alone holds {len(held)} experts; more --ram")
+        picked: list[int] = self._random.choice(held, count, replace=False).tolist()
+        return picked
+
+    def _record(self) -> SegmentedGraph:
+        """The experts of all layers and nothing else, recorded after a first pass."""
+        graph = SegmentedGraph()
+        self._run_layers()
+        self._hook.cut = graph.cut
+        try:
+            graph.record(self._run_layers)
+        finally:
             self._hook.cut = None
-        return self._graphs[layer]
+        return graph
+
+    def _run_layers(self) -> torch.Tensor:
+        for layer, chosen in enumerate(self._chosen):
+            found: torch.Tensor = self._hook(layer, self._hidden, chosen)
+        return found
 
 
 def decode_speed(engine: Engine, mode: str, stream: list[int], position: int, count: int) -> float:

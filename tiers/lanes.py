@@ -8,8 +8,15 @@ and minimises the sum of both; llama.cpp's --n-cpu-moe splits by layers once and
 
 from dataclasses import dataclass
 
-_MEMORY = 0.98
-"""Share of a fit that is kept at each new measurement: some fifty count."""
+_MEMORY = 0.998
+"""Share of a fit that is kept at each new measurement: some five hundred count."""
+
+_SETTLED, _OUTLIER = 100, 3.0
+"""After so many, times what was expected that one counts for at most: somebody else had the CPU."""
+
+HOST_TURN = 60e-6
+"""Seconds that the CPU's part of a layer costs beside its compute: the device waits for results and
+for the next graph, which it is given only then. What it reads in RAM costs no such turn."""
 
 _CORRECTION, _MOST_CORRECTION = 1.05, 4.0
 """Of the GPU's cost each time that one lane is later mostly, and in all."""
@@ -47,6 +54,8 @@ class Cost:
 
     def observe(self, nbytes: int, seconds: float) -> None:
         """`nbytes` took `seconds`."""
+        if self._n > _SETTLED:
+            seconds = min(seconds, _OUTLIER * self.seconds(nbytes))
         self._n, self._x, self._y = self._n * _MEMORY, self._x * _MEMORY, self._y * _MEMORY
         self._xx, self._xy = self._xx * _MEMORY, self._xy * _MEMORY
         self._add(nbytes, seconds, 1.0)
@@ -97,12 +106,12 @@ class Lanes:
     def _balanced(self, number: int, nbytes: int) -> int:
         """The share, rounded down, with which both would end at the same time."""
         gpu, cpu = self._correction * nbytes * self.gpu.slope, nbytes * self.cpu.slope
-        later = self._correction * self.gpu.start - self.cpu.start
+        later = self._correction * self.gpu.start - self.cpu.start - HOST_TURN
         return int((number * gpu + later) / (gpu + cpu)) if gpu + cpu > 0 else 0
 
     def _seconds(self, number: int, share: int, nbytes: int) -> float:
         gpu = self.gpu.seconds((number - share) * nbytes) * self._correction
-        return max(gpu, self.cpu.seconds(share * nbytes))
+        return max(gpu, self.cpu.seconds(share * nbytes) + HOST_TURN * (share > 0))
 
     def balance(self, *, gpu_was_last: bool) -> None:
         """Both have computed a part of a layer, and which of them has ended last."""

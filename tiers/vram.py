@@ -273,7 +273,7 @@ class VramTier:
         if not len(experts):
             return
         worth = self._placement.policy.worth(experts, self._placement.step)
-        pairs = list[tuple[int, int]]()
+        pairs, sinking = list[tuple[int, int]](), list[int]()
         leases = self._placement.warm.leases
         try:
             for expert in experts[np.argsort(-worth, kind="stable")].tolist():
@@ -285,26 +285,25 @@ class VramTier:
                     continue
                 leases[home.slot] += 1  # what sinks in its place takes another slot
                 pairs.append((home.slot, NOBODY))
-                slot = self._displace_for(expert, record_class)
+                displaced = self.slots.make_place(record_class, expert)
+                if displaced is None and len(self._spare_warm) == 1:
+                    break  # nor is any that is worth less
+                if displaced is None:
+                    continue
+                self._tier.leases[displaced] += 1  # not to be reused before they have been copied
+                sinking += displaced
+                slot = self.slots.take_deferred(record_class, expert)
                 if slot is not None:
                     pairs[-1] = (home.slot, slot)
-                elif len(self._spare_warm) == 1:
-                    break  # nor any that is worth less
+            self._transfers.demote(sinking)
             chosen = [pair for pair in pairs if pair[1] != NOBODY]
             if chosen:
                 self._transfers.defer(chosen)
         finally:
             for source, _ in pairs:
                 leases[source] -= 1
-
-    def _displace_for(self, expert: int, record_class: int) -> int | None:
-        """A slot in VRAM that is for `expert` now; None where it is not worth one."""
-        displaced = self.slots.make_place(record_class, expert)
-        if displaced is None:
-            return None
-        slot = self.slots.take_deferred(record_class, expert)
-        self._transfers.demote(displaced)
-        return slot
+            for slot in sinking:
+                self._tier.leases[slot] -= 1
 
     def _may_defer(self, record_class: int, more: int) -> bool:
         """Whether a layer's experts find their slots, above and below, with one more held."""

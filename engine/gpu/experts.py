@@ -193,11 +193,13 @@ class DeviceExperts:
         box = self._mailboxes.memory(layer)
         look_up(self._vram.table_of(layer), top_k, slots, box, shares, *told)
         self._compute[layer].decode(hidden, self._vram.base, slots, outputs)
-        late, join = partial(self._compute_late, call), partial(self._join, call)
+        work = {"late": partial(self._compute_late, call)}
+        if self._host is not None:
+            work["join"] = partial(self._host.join, outputs)
         if self.cut is not None:
-            self.cut(partial(self._serve, call), late=late, join=join)
+            self.cut(partial(self._serve, call), **work)
         else:
-            self._serve(call, late, join)
+            self._serve(call, **work)
 
     def _compute_late(self, call: _Call) -> None:
         """Enqueue the products with records that have come since the lookup."""
@@ -205,13 +207,11 @@ class DeviceExperts:
         look_up_late(self._vram.table_of(call.layer), call.top_k, call.slots, found)
         self._compute[call.layer].decode(call.hidden, self._vram.base, found, call.outputs)
 
-    def _join(self, call: _Call) -> None:
-        """Enqueue that the CPU's results come into their places."""
-        if self._host is not None:
-            self._host.join(call.outputs)
+    def _serve(self, call: _Call, late: Work, join: Work | None = None) -> None:
+        """The host's part of a layer: only to take note, where the device had everything.
 
-    def _serve(self, call: _Call, late: Work, join: Work) -> None:
-        """The host's part of a layer: only to take note, where the device had everything."""
+        `late` enqueues products with what has come meanwhile, `join` brings the CPU's results.
+        """
         if self.interrupted:
             raise Interrupted
         layer, host = call.layer, self._host
@@ -228,7 +228,7 @@ class DeviceExperts:
             self._serve_absent(call, found, late)
         if host is not None:
             self._end_host_part(host, layer, found)
-            if found & answers.COMPUTED:
+            if found & answers.COMPUTED and join is not None:
                 join()
         if layer + 1 == len(self._compute):
             self._account()  # while the device is still busy

@@ -112,7 +112,7 @@ def test_enqueueing_on_the_gpu_does_not_wait() -> None:
         slot = there(copies, LARGE)
         copies.synchronize()
         ends = [copies.to_device([(slot, source)]) for _ in range(40)]
-        assert not ends[-1].ended.query(), "40 copies of 64 MiB take 50 ms at least"
+        assert not ends[-1].is_done(), "40 copies of 64 MiB take 50 ms at least"
         assert all(end.wait() > 0 for end in ends)
     finally:
         torch.cuda.synchronize()
@@ -138,7 +138,7 @@ class IdleStream:
     def __init__(self, *_: object) -> None:
         self.device = CUDA
 
-    def wait_stream(self, other: object) -> None:
+    def wait_event(self, event: object) -> None:
         pass
 
 
@@ -148,6 +148,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> CudaCopies:
     monkeypatch.setattr(CountedEvent, "numbers", count(1))
     monkeypatch.setattr(module, "_Event", CountedEvent)
     monkeypatch.setattr(module, "_Stream", IdleStream)
+    monkeypatch.setattr(module, "copy_async", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", IdleStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: torch.inference_mode(False))
     return CudaCopies(CUDA)
@@ -163,9 +164,19 @@ def test_copies_are_on_the_timeline(counted: CudaCopies) -> None:
     counted.to_device([pair])
     assert [tuple(span) for span in timeline.spans] == [
         (UP, "2 records", 103, 104, 8192),
-        (DOWN, "1 records", 105, 106, 4096),
-        (ASIDE, "1 records", 107, 108, 4096),
+        (DOWN, "1 records", 107, 108, 4096),
+        (ASIDE, "1 records", 110, 111, 4096),
     ]
+
+
+@on_cuda
+def test_events_are_used_again_and_tell_the_same_twice() -> None:
+    copies = CudaCopies(CUDA)
+    slot, source = there(copies, LARGE), bytes_of(3, LARGE).pin_memory()
+    first = copies.to_device([(slot, source)])
+    seconds = first.wait()
+    second = copies.to_device([(slot[:4096], source[:4096])])
+    assert 0 < second.wait() < seconds == first.wait() and first.is_done()
 
 
 @on_cuda
