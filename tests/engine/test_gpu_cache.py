@@ -45,7 +45,7 @@ def test_logits_are_those_of_a_growing_cache(family: str, model_of: Callable[[st
             piece = tokens[:, cache.length : cache.length + count]
             found.append(model(piece, past_key_values=cache, use_cache=True).logits[0])
             cache.end(count)
-    assert (torch.cat(found) - wanted).abs().max() < (2e-3 if CUDA else 1e-3)
+    assert (torch.cat(found) - wanted).abs().max() < (2e-3 if DEVICE.type == "cuda" else 1e-3)
 
 
 def passes(model: Any, cache: FixedCache, chunks: Sequence[int], tokens: torch.Tensor) -> Any:
