@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import xxhash
 
-from tierrun.engine.architecture import experts_modules
+from tierrun.engine.architecture import continues, experts_modules
 from tierrun.engine.backend import chosen_reader, open_queue
 from tierrun.engine.context import Context
 from tierrun.engine.gpu import compiling
@@ -271,7 +271,8 @@ class GpuBackend:
 
     def context(self) -> Context:
         """See `Backend`."""
-        return DeviceContext(self._runner, self.chunk, self._room)
+        replayed = self.chunk if continues(self.model) else self._capacity
+        return DeviceContext(self._runner, replayed, self._room)
 
     def warm_up(self, order: Iterable[ExpertKey]) -> None:
         """See `Backend`."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.engine.conftest import PROMPT, Model, convert
 from tests.engine.models import save_runnable
 
+from tierrun.engine import session
 from tierrun.engine.engine import Engine
 from tierrun.engine.gpu import backend
 from tierrun.engine.gpu.backend import GpuBackend
@@ -380,6 +381,29 @@ def test_a_context_that_comes_back_is_computed_again_in_chunks(one_layer: Model)
         second.prefill(tokens[10:12])
         assert torch.allclose(first.prefill(tokens[18:19]), wanted, atol=1e-4)
         engine.check_integrity()
+
+
+@interpreted
+@pytest.mark.parametrize(("goes_on", "passes"), [(True, [16, 2, 1]), (False, [18, 1])])
+def test_a_model_that_cannot_continue_computes_its_past_at_once(
+    goes_on: bool, passes: list[int], one_layer: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (backend, session):
+        monkeypatch.setattr(module, "continues", lambda _: goes_on)
+    counted = list[int]()
+
+    def forward(self: DeviceRunner, tokens: Sequence[int], *, last_only: bool) -> torch.Tensor:
+        counted.append(len(tokens))
+        return torch.zeros(1, 48)
+
+    with load(one_layer, None, vram="1GiB") as engine:
+        monkeypatch.setattr(DeviceRunner, "forward", forward)
+        first, second = engine.session(), engine.session()
+        first.prefill([1] * 18)
+        second.prefill([1])
+        counted.clear()
+        first.prefill([1])
+    assert counted == passes
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
