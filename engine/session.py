@@ -18,6 +18,9 @@ from tierrun.engine.sampling import Chooser
 from tierrun.io.errors import ModelError, UsageError
 from tierrun.tiers.ledger import Counters, Ledger
 
+_LOGITS, _FEW = 1 << 27, 512
+"""Where all logits are wanted, the most numbers at once (512 MiB), for so many tokens at least."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepFigures:
@@ -99,7 +102,7 @@ class Session:
             UsageError: as `prefill`.
         """
         self._prepare(tokens, len(self.tokens))
-        chunks = self._chunks(tokens, self._chunk)
+        chunks = self._chunks(tokens, min(self._chunk, max(_FEW, _LOGITS // self._vocabulary)))
         return torch.cat([self._forward(chunk, last_only=False) for chunk in chunks])
 
     def _chunks(self, tokens: Sequence[int], size: int) -> list[list[int]]:

@@ -7,9 +7,11 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 from tests.engine.conftest import PROMPT, Model
 
 import tierrun
+from tierrun.engine import session
 from tierrun.engine.engine import Engine
 from tierrun.engine.options import Options
 from tierrun.io.errors import BudgetError, StoreError, UsageError
@@ -147,6 +149,18 @@ def test_on_the_cpu_prompts_go_in_chunks_of_512_unless_asked(model: Model) -> No
         assert engine.backend.chunk == 512
     with tierrun.load(model.store, ram="1GiB", ubatch=3) as engine:
         assert engine.backend.chunk == 3
+
+
+def test_all_logits_at_once_are_bounded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk that memory allows for a prompt may have more logits than memory holds."""
+    with tierrun.load(model.store, ram="1GiB") as engine:
+        wanted, tokens = engine.logits(PROMPT), list[int]()
+        monkeypatch.setattr(session, "_LOGITS", 20 * wanted.shape[1])
+        monkeypatch.setattr(session, "_FEW", 1)
+        monkeypatch.setattr(engine.hook, "end_forward", tokens.append)
+        assert torch.allclose(engine.logits(PROMPT), wanted, atol=1e-3)
+        engine.session().prefill(PROMPT)
+    assert tokens == [20, 20, 40]
 
 
 def test_an_engine_is_what_load_gives(model: Model) -> None:
