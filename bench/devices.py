@@ -33,7 +33,7 @@ Compile = Annotated[str, typer.Option("--compile", help="auto, on or off.")]
 Graphs = Annotated[bool, typer.Option(help="CUDA graphs.")]
 Exact = Annotated[bool, typer.Option(help="The same bits for any budget.")]
 ContextSize = Annotated[int, typer.Option(help="0: what this run needs.")]
-Ubatch = Annotated[int, typer.Option(help="Tokens of a prompt at once; 0: the engine's default.")]
+Ubatch = Annotated[int, typer.Option(help="Tokens of a prompt at once; 0: the engine's choice.")]
 Io = Annotated[str, typer.Option(help="The reader.")]
 LaneMode = Annotated[str, typer.Option("--lanes", help="Experts in RAM: auto, gpu, cpu.")]
 Policy = Annotated[str, typer.Option(help="Replacement: lfru, lru, layers.")]
@@ -74,9 +74,8 @@ class Setting:
             "io": self.io,
             "threads": self.threads,
             "policy": self.policy,
+            "ubatch": self.ubatch,
         }
-        if self.ubatch:
-            options["ubatch"] = self.ubatch
         if self.device != "cpu":
             options |= {"compile": self.compile, "graphs": self.graphs, "exact": self.exact}
             options["lanes"] = self.lanes

@@ -46,11 +46,12 @@ class Hook(Protocol):
 
 
 class Backend(Protocol):
-    """A model on a device, its experts in their tiers."""
+    """A model on a device, its experts in their tiers; prompts go in chunks of `chunk` tokens."""
 
     model: PreTrainedModel
     residency: Residency
     queue: ReadQueue
+    chunk: int
 
     @property
     def hook(self) -> Hook: ...
@@ -81,6 +82,7 @@ class HostBackend:
         self, store: Store, weights: ResidentWeights, options: Options, ledger: Ledger
     ) -> None:
         torch.set_num_threads(options.num_threads)
+        self.chunk = options.host_chunk
         vram = resolve_vram(options.vram, "cpu")
         ram = resolve_ram(options.ram, weights.nbytes + vram.nbytes)
         hot, warm = make_tiers(store.manifest, vram, ram)

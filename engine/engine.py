@@ -82,7 +82,7 @@ class Engine:
             self.hook,
             self.ledger,
             self.context,
-            self.options.ubatch,
+            self.backend.chunk,
         )
 
     def warm_up(self) -> None:

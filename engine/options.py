@@ -10,17 +10,21 @@ from tierrun.tiers.lanes import LANES
 COMPILE = ("auto", "on", "off")
 """`auto` compiles where an earlier `on` has left its results on disk."""
 
+_HOST_CHUNK = 512
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """The defaults of the command line's flags too.
 
     `device` is `auto`, `cpu`, `cuda` or `cuda:N`. `context` 0 means the model's own maximum (on a
-    GPU at most 8192); `lanes` says who computes experts in RAM beside a GPU: the CPU where they
-    lie, the GPU over its bus, or (`auto`) both by cost; `threads` 0 all cores but one, which is
-    left to the reads; `depth` is reads in flight per directory, in parts of records. `exact` fixes
-    every kernel and computes nothing on the CPU beside a GPU, so that logits are the same bits
-    whatever the budgets; `compile` and `graphs` concern the GPU's decode.
+    GPU at most 8192); `ubatch` is how many tokens of a prompt are computed at once, where 0 means
+    512 on the CPU, and on a GPU what its bandwidths and memory make best. `lanes` says who computes
+    experts in RAM beside a GPU: the CPU where they lie, the GPU over its bus, or (`auto`) both by
+    cost; `threads` 0 all cores but one, which is left to the reads; `depth` is reads in flight per
+    directory, in parts of records. `exact` fixes every kernel, prompts' chunks too (`ubatch` 0 is
+    2048 then, or the context), and computes nothing on the CPU beside a GPU, so that logits are the
+    same bits whatever the budgets; `compile` and `graphs` concern the GPU's decode.
 
     Raises:
         UsageError: a value out of range.
@@ -33,7 +37,7 @@ class Options:
     policy: str = "lfru"
     lookahead: bool = True
     context: int = 0
-    ubatch: int = 512
+    ubatch: int = 0
     threads: int = 0
     depth: int = DEFAULT_DEPTH
     strict: bool = False
@@ -41,6 +45,11 @@ class Options:
     lanes: str = "gpu"
     compile: str = "auto"
     graphs: bool = True
+
+    @property
+    def host_chunk(self) -> int:
+        """Tokens of a prompt that the CPU computes at once."""
+        return self.ubatch or _HOST_CHUNK
 
     @property
     def num_threads(self) -> int:
@@ -59,7 +68,7 @@ class Options:
             raise UsageError("--exact and --compile on exclude each other: compiling changes bits")
         for name, value, least in (
             ("-c/--ctx-size", self.context, 0),
-            ("-ub/--ubatch-size", self.ubatch, 1),
+            ("-ub/--ubatch-size", self.ubatch, 0),
             ("-t/--threads", self.threads, 0),
             ("--depth", self.depth, 1),
         ):

@@ -18,6 +18,9 @@ from tierrun.engine.sampling import Chooser
 from tierrun.io.errors import ModelError, UsageError
 from tierrun.tiers.ledger import Counters, Ledger
 
+_LOGITS, _FEW = 1 << 27, 512
+"""Where all logits are wanted, the most numbers at once (512 MiB), for so many tokens at least."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepFigures:
@@ -48,11 +51,12 @@ class Session:
         hook: ForwardHook,
         ledger: Ledger,
         capacity: int,
-        ubatch: int,
+        chunk: int,
     ) -> None:
         self._model, self._context, self._hook, self._ledger = model, context, hook, ledger
-        self._capacity, self._ubatch = capacity, ubatch
+        self._capacity, self._chunk = capacity, chunk
         self._continues = continues(model)
+        self._vocabulary: int = model.config.get_text_config().vocab_size
         self.tokens: list[int] = []
 
     def reset(self) -> None:
@@ -80,14 +84,14 @@ class Session:
         return self.prefill(tokens[known:])
 
     def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Append `tokens`, `ubatch` at a time; the logits after the last one, fp32 [vocab].
+        """Append `tokens`, a chunk at a time; the logits after the last one, fp32 [vocab].
 
         Raises:
             UsageError: no token, one outside the vocabulary, or more than the context holds;
                 BudgetError among them: more than there is memory for. The context stays as it was.
         """
         self._prepare(tokens, len(self.tokens))
-        for chunk in self._chunks(tokens):
+        for chunk in self._chunks(tokens, self._chunk):
             logits = self._forward(chunk, last_only=True)
         return logits[-1]
 
@@ -98,12 +102,11 @@ class Session:
             UsageError: as `prefill`.
         """
         self._prepare(tokens, len(self.tokens))
-        chunks = self._chunks(tokens)
+        chunks = self._chunks(tokens, min(self._chunk, max(_FEW, _LOGITS // self._vocabulary)))
         return torch.cat([self._forward(chunk, last_only=False) for chunk in chunks])
 
-    def _chunks(self, tokens: Sequence[int]) -> list[list[int]]:
-        """What goes through the model at once: `ubatch` tokens, where it can continue."""
-        size = self._ubatch
+    def _chunks(self, tokens: Sequence[int], size: int) -> list[list[int]]:
+        """What goes through the model at once: `size` tokens, where it can continue."""
         if not self._continues:
             size = 1 if self.tokens else len(tokens)
         return [list(tokens[i : i + size]) for i in range(0, len(tokens), size)]
@@ -116,9 +119,10 @@ class Session:
     def _check(self, tokens: Sequence[int], known: int) -> None:
         if not tokens:
             raise UsageError("an empty prompt; give it at least one token")
-        vocabulary = self._model.config.get_text_config().vocab_size
-        if not (0 <= min(tokens) and max(tokens) < vocabulary):
-            raise UsageError(f"token ids must lie in 0 … {vocabulary - 1}, the model's vocabulary")
+        if not (0 <= min(tokens) and max(tokens) < self._vocabulary):
+            raise UsageError(
+                f"token ids must lie in 0 … {self._vocabulary - 1}, the model's vocabulary"
+            )
         if known + len(tokens) > self._capacity:
             raise UsageError(
                 f"{known + len(tokens)} tokens do not fit a context of {self._capacity}; raise "

@@ -2,17 +2,17 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from tierrun.engine.options import Options
 from tierrun.engine.trials import measure_store
 from tierrun.io import gds
-from tierrun.io.drives import drives_of
+from tierrun.io.drives import Drive, drives_of
 from tierrun.io.extent import format_bytes
 from tierrun.io.gds import GdsReader
-from tierrun.io.measuring import describe, short_plan
+from tierrun.io.measuring import describe, record_sizes, short_plan
 from tierrun.io.profiles import WAYS, Profile, ProfileFile, Setting, choose_paths
 from tierrun.io.reader import Measured, choose_reader, num_threads
 from tierrun.io.store import Store
@@ -69,6 +69,20 @@ def _profile(store: Store, device: torch.device) -> Profile:
     return profile.restricted(plan.sizes)
 
 
+def drive_bandwidth(store: Store) -> float | None:
+    """Bytes per second that the drives of `store` are known to give; None where nobody has measured
+    them."""
+    drives = drives_of(path.parent for path in store.shard_paths)
+    known = ProfileFile(drives).read()
+    if known is None or known.setting.drives != _identities(drives):
+        return None
+    return known.restricted(record_sizes(store)).fastest("host")
+
+
+def _identities(drives: Iterable[Drive]) -> str:
+    return ", ".join(drive.identity for drive in drives)
+
+
 def _reason_to_measure(known: Profile | None, setting: Setting, sizes: Sequence[int]) -> str | None:
     """Why `known` does not do, in a clause; None if it does."""
     if known is None:
@@ -84,7 +98,7 @@ def setting_of(store: Store, device: torch.device, obstacle: str | None = None) 
     """What numbers about `store` and `device` are true for; `obstacle`: why there is no kvikio."""
     drives = drives_of(path.parent for path in store.shard_paths)
     return Setting(
-        drives=", ".join(drive.identity for drive in drives),
+        drives=_identities(drives),
         gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         kvikio="none" if obstacle else gds.version(),
         mode=f"no kvikio: {obstacle}" if obstacle else gds.mode().reason,

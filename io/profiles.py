@@ -82,6 +82,10 @@ class Profile:
         logarithms = [math.log(cell.bandwidth) for cell in self.cells if cell.way == way]
         return math.exp(sum(logarithms) / len(logarithms)) if logarithms else None
 
+    def fastest(self, target: str) -> float | None:
+        """The most that any way to `target` has given, at any size and depth."""
+        return max((c.bandwidth for c in self.cells if c.way.target == target), default=None)
+
     def joined(self, cells: Iterable[Cell]) -> "Profile":
         """This and `cells`, which stand in for older ones of their sizes."""
         fresh = tuple(cells)

@@ -137,6 +137,15 @@ def resolve_device_vram(text: str, memory: DeviceFigures, needs: DeviceNeeds) ->
     return budget
 
 
+def asked_vram(text: str, memory: DeviceFigures) -> int | None:
+    """Bytes of a GPU's memory that `text` asks for; None for `auto`.
+
+    Raises:
+        UsageError: not a budget.
+    """
+    return None if text == "auto" else _explicit(text, memory.total, memory.name).nbytes
+
+
 def device_reserve(total: int) -> int:
     """Bytes of a GPU's `total` that are left alone where nobody has asked for them."""
     return max(_LEAST_RESERVE, int(_RESERVE_SHARE * total))
@@ -165,24 +174,35 @@ def plan_tier(nbytes: int, manifest: Manifest, *, landing: bool) -> TierPlan:
     """
     sizes = [c.nbytes for c in manifest.classes]
     counts = [0] * len(sizes)
-    needs = [0] * len(sizes)
     for layer in manifest.layers:
         counts[layer.record_class] += len(layer.records)
-        wanted = min(layer.top_k + 1, len(layer.records))
-        needs[layer.record_class] = max(needs[layer.record_class], wanted if landing else 0)
+    needs = _needs(manifest) if landing else [0] * len(sizes)
     whole = sum(count * size for count, size in zip(counts, sizes, strict=True))
     for extent_bytes in (_extent_bytes(min(nbytes, whole), max(sizes)), max(sizes)):
         plan = _divide(nbytes, extent_bytes, sizes, counts, needs)
         if plan is not None:
             return plan
-    smallest = sum(
-        -(-need // (max(sizes) // size)) for need, size in zip(needs, sizes, strict=True)
-    )
+    smallest = smallest_budget(manifest)
     raise BudgetError(
         f"{format_bytes(nbytes)} for experts cannot hold one layer's top-k plus one read; "
-        f"the smallest budget that works is {smallest * max(sizes)} bytes "
-        f"({format_bytes(smallest * max(sizes))})"
+        f"the smallest budget that works is {smallest} bytes ({format_bytes(smallest)})"
     )
+
+
+def smallest_budget(manifest: Manifest) -> int:
+    """Bytes with which a landing tier holds each class's top-k plus one read."""
+    sizes = [c.nbytes for c in manifest.classes]
+    pairs = zip(_needs(manifest), sizes, strict=True)
+    return max(sizes) * sum(-(-need // (max(sizes) // size)) for need, size in pairs)
+
+
+def _needs(manifest: Manifest) -> list[int]:
+    """Slots that a landing tier must have, by record class."""
+    needs = [0] * len(manifest.classes)
+    for layer in manifest.layers:
+        wanted = min(layer.top_k + 1, len(layer.records))
+        needs[layer.record_class] = max(needs[layer.record_class], wanted)
+    return needs
 
 
 def _extent_bytes(nbytes: int, largest: int) -> int:

@@ -69,7 +69,8 @@ def run(
         int, typer.Option("-t", "--threads", envvar="TIERRUN_THREADS", help="0: all but one core.")
     ] = _DEFAULT.threads,
     ubatch: Annotated[
-        int, typer.Option("-ub", "--ubatch-size", help="Prompt tokens per forward pass.")
+        int,
+        typer.Option("-ub", "--ubatch-size", help="Prompt tokens per forward pass; 0: chosen."),
     ] = _DEFAULT.ubatch,
     temp: Annotated[
         float | None, typer.Option("--temp", help="0: greedy. Default: the model's.")

@@ -1,34 +1,37 @@
 """A model on a GPU: resident weights and hot experts in VRAM, the other experts in pinned RAM.
 
 Memory is taken in this order, so that what is left for experts is known and not guessed: resident
-weights, the key-value cache of a short context, a prompt's workspace (measured by forward passes
-without experts), then the hot tier, which gives back what a longer context needs (see
-`tierrun.engine.gpu.room`).
+weights, the key-value cache of a short context, the workspace of a prompt's chunk (measured by
+forward passes without experts, see `tierrun.engine.gpu.chunks`), then the hot tier, which gives
+back what a longer context needs (see `tierrun.engine.gpu.room`).
 """
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import xxhash
 
-from tierrun.engine.architecture import experts_modules
+from tierrun.engine.architecture import continues, experts_modules
 from tierrun.engine.backend import chosen_reader, open_queue
 from tierrun.engine.context import Context
 from tierrun.engine.gpu import compiling
 from tierrun.engine.gpu.attention import ATTENTION
-from tierrun.engine.gpu.cache import LEAST_ROOM, FixedCache, GrowingCache, make_cache
+from tierrun.engine.gpu.cache import LEAST_ROOM, FixedCache, GrowingCache
+from tierrun.engine.gpu.chunks import ChunkChooser, Experts, Settled
 from tierrun.engine.gpu.context import DeviceContext, DeviceRunner
-from tierrun.engine.gpu.experts import DEVICE_EXPERTS, DeviceExperts, NoExperts, forget
+from tierrun.engine.gpu.experts import DEVICE_EXPERTS, DeviceExperts, forget
+from tierrun.engine.gpu.gauge import CudaGauge, Gauge, NoGauge
 from tierrun.engine.gpu.hostlane import HostLane
 from tierrun.engine.gpu.norms import fuse_norms
 from tierrun.engine.gpu.ops import DECODE_TOKENS
+from tierrun.engine.gpu.rates import measure_rates
 from tierrun.engine.gpu.room import ContextRoom
 from tierrun.engine.gpu.routers import fuse_routers
 from tierrun.engine.gpu.weights import to_device
+from tierrun.engine.gpu.workspace import Workspace, Workspaces
 from tierrun.engine.kernels.cpu import CpuKernels
 from tierrun.engine.kernels.host import supported
 from tierrun.engine.model import load_model
@@ -37,9 +40,15 @@ from tierrun.engine.resident import ResidentWeights
 from tierrun.engine.storage import measured_paths, open_straight
 from tierrun.io.errors import BudgetError
 from tierrun.io.extent import format_bytes
-from tierrun.io.store import ExpertKey, RecordClass, Store
+from tierrun.io.store import ExpertKey, Store
 from tierrun.tiers.arbiter import Arbiter
-from tierrun.tiers.budget import DeviceNeeds, resolve_device_vram, resolve_ram, resolve_vram
+from tierrun.tiers.budget import (
+    DeviceNeeds,
+    resolve_device_vram,
+    resolve_ram,
+    resolve_vram,
+    smallest_budget,
+)
 from tierrun.tiers.copies import Copies, CudaCopies, HostCopies
 from tierrun.tiers.lanes import Cost, Lanes
 from tierrun.tiers.ledger import Ledger
@@ -62,17 +71,11 @@ from tierrun.tiers.vram import VramTier
 log = logging.getLogger(__name__)
 
 
-class _Workspace(NamedTuple):
-    """Bytes that a forward pass needs in a short context, and more per position of a longer one."""
-
-    nbytes: int
-    per_position: float = 0.0
-
-
 class GpuBackend:
     """See `Backend`. `device` may be the CPU where kernels are interpreted (tests).
 
-    The context has room for `least_room` tokens at first, and grows to `capacity`.
+    The context has room for `least_room` tokens at first, and grows to `capacity`. Prompts go
+    through it in chunks of `chunk` tokens. `gauge` stands in for the device's own memory.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class GpuBackend:
         device: torch.device,
         capacity: int,
         least_room: int = LEAST_ROOM,
+        gauge: Gauge | None = None,
     ) -> None:
         torch.set_num_threads(options.num_threads)
         self._options, self._device, self._capacity = options, device, capacity
@@ -100,17 +104,17 @@ class GpuBackend:
         if compiles:
             log.info("the context is allocated at once: layers are compiled for one shape of it")
         least = capacity if compiles else min(capacity, least_room)
-        with _room_for(f"a context of {least} tokens"):
-            self._cache, measured = self._measured_cache(least)
-        workspace = measured.nbytes + self._experts_workspace(store)
+        reader = chosen_reader(store, options)
+        with _room_for(f"a context of {least} tokens with a chunk of a prompt"):
+            self.chunk, (self._cache, workspace) = self._settle_chunk(least, gauge)
         log.info(
             "VRAM: resident weights %s, %s, workspace %s",
             format_bytes(resident),
             _described(self._cache, capacity),
-            format_bytes(workspace),
+            format_bytes(workspace.nbytes),
         )
-        tiers, copies = self._make_tiers(store, workspace)
-        self.queue = open_queue(store, chosen_reader(store, options), options)
+        tiers, copies = self._make_tiers(store, workspace.nbytes)
+        self.queue = open_queue(store, reader, options)
         self.residency = Residency(
             Placement(
                 store.manifest,
@@ -141,11 +145,27 @@ class GpuBackend:
             self._cache,
             self.vram,
             Arbiter(ledger.counters),
-            self._spare_bytes(workspace, measured.per_position),
-            measured.per_position,
+            self._spare_bytes(workspace),
+            workspace.per_position,
             self._runner.forget_recordings,
         )
         self._say_longest()
+
+    def _settle_chunk(self, least: int, gauge: Gauge | None) -> Settled:
+        """The tokens of a chunk, and the cache for them."""
+        options, manifest, device = self._options, self._store.manifest, self._device
+        if gauge is None:
+            gauge = CudaGauge(device) if device.type == "cuda" else NoGauge()
+        ram = resolve_ram(options.ram, 0).nbytes
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return ChunkChooser(
+            options,
+            self._capacity,
+            Experts(manifest.expert_bytes, smallest_budget(manifest), ram),
+            Workspaces(self.model, manifest, device, self._capacity, least, gauge),
+            gauge,
+            lambda: measure_rates(self._store, device, vocabulary),
+        ).settle()
 
     def _straight(self) -> StraightReads | None:
         """Reads past the warm tier, where they are faster than through it."""
@@ -213,13 +233,13 @@ class GpuBackend:
         tiers = make_device_tiers(store.manifest, vram, ram, device, strict=options.strict)
         return tiers, CudaCopies(device) if cuda else HostCopies()
 
-    def _spare_bytes(self, workspace: int, per_position: float) -> Callable[[], int]:
+    def _spare_bytes(self, workspace: Workspace) -> Callable[[], int]:
         """What of the device nobody needs. A CPU that stands in for one is full from the start."""
         device, cache, vram = self._device, self._cache, self.vram
         whole, least = vram.nbytes + cache.nbytes, cache.room
         if device.type != "cuda":
             return lambda: whole - vram.nbytes - cache.nbytes
-        return lambda: spare_bytes(device, workspace + int(per_position * (cache.room - least)))
+        return lambda: spare_bytes(device, workspace.at(cache.room - least))
 
     def _say_longest(self) -> None:
         longest = self._room.longest()
@@ -230,14 +250,6 @@ class GpuBackend:
                 self._capacity,
                 longest,
             )
-
-    def _experts_workspace(self, store: Store) -> int:
-        """Bytes between the experts' two products, for a chunk of a prompt."""
-        tokens = min(self._options.ubatch, self._capacity)
-        return max(
-            tokens * layer.top_k * _bytes_per_assignment(store.manifest.class_of(number))
-            for number, layer in enumerate(store.manifest.layers)
-        )
 
     @property
     def hot_bytes(self) -> int:
@@ -259,7 +271,8 @@ class GpuBackend:
 
     def context(self) -> Context:
         """See `Backend`."""
-        return DeviceContext(self._runner, self._options.ubatch, self._room)
+        replayed = self.chunk if continues(self.model) else self._capacity
+        return DeviceContext(self._runner, replayed, self._room)
 
     def warm_up(self, order: Iterable[ExpertKey]) -> None:
         """See `Backend`."""
@@ -301,66 +314,6 @@ class GpuBackend:
         log.warning("compiling the model's layers; the first time takes a minute or two")
         return compiling.CompiledLayers(self.model, store.manifest.fingerprint)
 
-    # -- measuring ------------------------------------------------------------------------------
-
-    def _measured_cache(self, least: int) -> tuple[FixedCache | GrowingCache, _Workspace]:
-        """The key-value cache, allocated; and the bytes that a prompt's chunk needs beside it.
-
-        In fp16, as llama.cpp keeps it, where the architecture can; else in fp32; of the model's
-        own making where a fixed one does not fit it.
-        """
-        config = self.model.config
-        chunk = min(self._options.ubatch, self._capacity)
-        for dtype in (torch.float16, torch.float32):
-            cache = make_cache(config, self._capacity, chunk, dtype, self._device, least)
-            if isinstance(cache, GrowingCache):
-                break
-            try:
-                return cache, self._workspace(cache, chunk)
-            except (RuntimeError, ValueError, TypeError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                reason = str(error).strip().splitlines()[0]
-                log.info("a fixed key-value cache in %s does not fit: %s", dtype, reason)
-        else:
-            log.warning("this model makes its own key-value cache: decode runs without CUDA graphs")
-        own: str = self.model.get_correct_attn_implementation(None)
-        self.model.set_attn_implementation(own)
-        grown = GrowingCache()
-        return grown, self._workspace(grown, chunk)
-
-    def _workspace(self, cache: FixedCache | GrowingCache, chunk: int) -> _Workspace:
-        """Bytes that a chunk of a prompt and a token after it need, experts apart."""
-        nothing = NoExperts(self.model)
-        runner = DeviceRunner(self.model, nothing, cache, self._device, graphs=False)
-        prompt = [0] * max(1, min(chunk, self._capacity - 1))
-        nbytes = max(self._peak(runner, tokens) for tokens in (prompt, [0]))
-        per_position = self._peak_per_position(runner, prompt)
-        cache.reset()
-        return _Workspace(nbytes, per_position)
-
-    def _peak_per_position(self, runner: DeviceRunner, prompt: list[int]) -> float:
-        """How much more a chunk needs at the end of the room, by position before it."""
-        cache = runner.cache
-        if self._device.type != "cuda" or cache.room in (0, self._capacity):
-            return 0.0
-        cache.reset()
-        peaks = list[int]()
-        while cache.length + len(prompt) <= cache.room:
-            start = cache.length
-            peaks.append(self._peak(runner, prompt))
-        return max(0, peaks[-1] - peaks[0]) / max(1, start)
-
-    def _peak(self, runner: DeviceRunner, tokens: list[int]) -> int:
-        """The most bytes that a forward pass of `tokens` takes at once, besides the cache."""
-        cuda, cache = self._device.type == "cuda", runner.cache
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self._device)
-        before = torch.cuda.memory_allocated(self._device) - cache.nbytes if cuda else 0
-        runner.forward(tokens, last_only=True)
-        peak = torch.cuda.max_memory_allocated(self._device) if cuda else 0
-        return max(0, peak - before - cache.nbytes)
-
 
 def _free_slots(tier: Tier, record_class: int, count: int) -> list[torch.Tensor]:
     """The memory of some slots that hold nothing yet."""
@@ -379,12 +332,6 @@ def _described(cache: FixedCache | GrowingCache, capacity: int) -> str:
     return f"{held} ({more} more for all {capacity}: from the experts, when they are needed)"
 
 
-def _bytes_per_assignment(record: RecordClass) -> int:
-    """fp32 of every product's rows, and as much again where the module applies its own gate."""
-    rows = sum(matrix.shape[0] for matrix in record.matrices if len(matrix.shape) == 2)
-    return 2 * 4 * rows
-
-
 @contextmanager
 def _room_for(what: str) -> Iterator[None]:
     """Out of memory, in one line that says what for and what is there."""
@@ -394,5 +341,5 @@ def _room_for(what: str) -> Iterator[None]:
         free, total = torch.cuda.mem_get_info()
         raise BudgetError(
             f"{what} does not fit: the GPU has {format_bytes(free)} free of {format_bytes(total)}; "
-            "close what else uses it, ask for a shorter context, or use --device cpu"
+            "close what else uses it, ask for less (-c, -ub), or use --device cpu"
         ) from error

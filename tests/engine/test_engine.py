@@ -7,9 +7,11 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 from tests.engine.conftest import PROMPT, Model
 
 import tierrun
+from tierrun.engine import session
 from tierrun.engine.engine import Engine
 from tierrun.engine.options import Options
 from tierrun.io.errors import BudgetError, StoreError, UsageError
@@ -74,7 +76,7 @@ def test_two_engines_of_one_store_do_not_disturb_each_other(model: Model) -> Non
         ({"io": "io_uring"}, "--io io_uring"),
         ({"ram": "lots"}, "'lots'"),
         ({"context": 10**9}, "-c/--ctx-size"),
-        ({"ubatch": 0}, "--ubatch-size 0"),
+        ({"ubatch": -1}, "--ubatch-size -1"),
         ({"depth": 0}, "--depth 0"),
         ({"threads": -1}, "--threads -1"),
         ({"device": "tpu"}, "--device tpu"),
@@ -140,6 +142,25 @@ def test_options_have_the_defaults_of_the_design() -> None:
     options = Options()
     assert (options.ram, options.vram, options.io) == ("auto", "auto", "auto")
     assert (options.policy, options.lookahead, options.strict) == ("lfru", True, False)
+
+
+def test_on_the_cpu_prompts_go_in_chunks_of_512_unless_asked(model: Model) -> None:
+    with tierrun.load(model.store, ram="1GiB") as engine:
+        assert engine.backend.chunk == 512
+    with tierrun.load(model.store, ram="1GiB", ubatch=3) as engine:
+        assert engine.backend.chunk == 3
+
+
+def test_all_logits_at_once_are_bounded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk that memory allows for a prompt may have more logits than memory holds."""
+    with tierrun.load(model.store, ram="1GiB") as engine:
+        wanted, tokens = engine.logits(PROMPT), list[int]()
+        monkeypatch.setattr(session, "_LOGITS", 20 * wanted.shape[1])
+        monkeypatch.setattr(session, "_FEW", 1)
+        monkeypatch.setattr(engine.hook, "end_forward", tokens.append)
+        assert torch.allclose(engine.logits(PROMPT), wanted, atol=1e-3)
+        engine.session().prefill(PROMPT)
+    assert tokens == [20, 20, 40]
 
 
 def test_an_engine_is_what_load_gives(model: Model) -> None:

@@ -16,7 +16,7 @@ from tierrun.engine import backend, storage, trials
 from tierrun.engine.backend import chosen_reader
 from tierrun.engine.devices import DeviceChoice
 from tierrun.engine.options import Options
-from tierrun.engine.storage import measured_paths, open_straight
+from tierrun.engine.storage import drive_bandwidth, measured_paths, open_straight
 from tierrun.engine.trials import measure_store
 from tierrun.io.drives import Drive
 from tierrun.io.errors import UsageError
@@ -97,6 +97,14 @@ def test_the_first_run_measures_and_the_second_remembers(
     assert (cache / "drive-9-1.json").is_file()
     assert measured_paths(store, Options(), CUDA) == first
     assert len(gpu.measured) == 1
+
+
+def test_a_drive_is_as_fast_as_its_profile_says_and_no_other_is(gpu: FakeGpu, store: Store) -> None:
+    assert drive_bandwidth(store) is None, "nobody has measured it"
+    measured_paths(store, Options(), CUDA)
+    assert drive_bandwidth(store) == 5e9
+    gpu.drive = "nvme.2"
+    assert drive_bandwidth(store) is None, "another one is in its place"
 
 
 def _other_drive(gpu: FakeGpu, kvikio: FakeKvikio) -> None:

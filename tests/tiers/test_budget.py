@@ -19,6 +19,7 @@ from tierrun.tiers.budget import (
     plan_tier,
     resolve_ram,
     resolve_vram,
+    smallest_budget,
 )
 
 GIB = 1 << 30
@@ -197,6 +198,7 @@ def smallest_of(manifest: Manifest) -> int:
 def test_the_smallest_budget_works_and_one_byte_less_does_not(layers: list[Experts]) -> None:
     manifest = manifest_of(layers)
     smallest = smallest_of(manifest)
+    assert smallest_budget(manifest) == smallest
     plan = plan_tier(smallest, manifest, landing=True)
     assert plan.nbytes <= smallest
     with pytest.raises(BudgetError, match=f"works is {smallest} bytes"):

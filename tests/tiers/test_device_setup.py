@@ -12,7 +12,13 @@ from tests.tiers.vramrig import CPU, CUDA, on_cuda
 
 from tierrun.io.errors import BudgetError, UsageError
 from tierrun.io.extent import PAGE
-from tierrun.tiers.budget import Budget, DeviceFigures, DeviceNeeds, resolve_device_vram
+from tierrun.tiers.budget import (
+    Budget,
+    DeviceFigures,
+    DeviceNeeds,
+    asked_vram,
+    resolve_device_vram,
+)
 from tierrun.tiers.setup import device_figures, make_device_tiers
 
 GIB = 1 << 30
@@ -48,7 +54,8 @@ def test_auto_is_never_negative() -> None:
 
 @pytest.mark.parametrize(("text", "nbytes"), [("0", 0), ("8GiB", 8 * GIB), ("50%", 40 * GIB)])
 def test_a_budget_is_bytes_or_a_share_of_the_gpus_memory(text: str, nbytes: int) -> None:
-    assert resolve_device_vram(text, MEMORY, NEEDS).nbytes == nbytes
+    assert resolve_device_vram(text, MEMORY, NEEDS).nbytes == asked_vram(text, MEMORY) == nbytes
+    assert asked_vram("auto", MEMORY) is None
 
 
 @pytest.mark.parametrize("text", ["65GiB", "90%", "100%"])
