@@ -131,6 +131,12 @@ class Transfers:
             self._give_up(pairs)
             raise
 
+    def admit(self, slots: Sequence[int]) -> None:
+        """Let those of `slots` stay that are worth it; demote what they displace."""
+        displaced = self._slots.admit(slots)
+        if displaced:
+            self.demote(displaced)
+
     def _copy_down(self, pairs: list[tuple[int, int]]) -> None:
         down = [(self._warm.memory(to), self._slots.tier.memory(source)) for source, to in pairs]
         copy = self._copies.to_host(down)

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from tierrun.io.store import ExpertKey
 from tierrun.tiers.copies import Copies
 from tierrun.tiers.past import Past
+from tierrun.tiers.promotions import Promotions
 from tierrun.tiers.residency import Held, Residency
 from tierrun.tiers.slottable import InRam, SlotTable
 from tierrun.tiers.straight import StraightReads
@@ -48,9 +49,6 @@ _MOST_GROUP = 16
 
 _MOST_TOGETHER = 8
 """Of them, those whose copies are enqueued and waited for together: that costs 40 µs."""
-
-_MOST_DEFERRED = 16
-"""Promotions under way of what was computed in RAM: a millisecond of copies."""
 
 
 class Arrival(NamedTuple):
@@ -99,26 +97,17 @@ class VramTier:
         assert not placement.homes, "experts in RAM before the table"
         placement.watcher = self._table
         self.in_ram = in_ram
-        classes = np.array(placement.class_of_layer)
-        self._class_of: NDArray[np.int64] = np.repeat(classes, np.diff(placement.first))
         self.slots = VramSlots(placement, tier, self._table)
         placement.backed = self.slots.proven_experts
         self.ledger = placement.ledger
         self._counters = self.ledger.counters
-        self._spare_warm = [self._spare_of(number) for number in range(len(tier.record_bytes))]
         self._transfers = Transfers(placement, self.slots, copies, placement.ledger)
+        self._promotions = Promotions(placement, self.slots, self._transfers)
         self._call: VramCall | None = None
         self._ahead: set[int] = set()
         """Experts that were copied ahead for the next stream."""
         self.chunks = VramChunks(placement, self.slots)
         self.straight: StraightReads | None = None
-
-    def _spare_of(self, record_class: int) -> int:
-        """Warm slots that may be held while a layer is leased and one more is read."""
-        placement = self._placement
-        pairs = zip(placement.class_of_layer, placement.top_k, strict=True)
-        needed = max((k for number, k in pairs if number == record_class), default=0) + 1
-        return placement.warm.num_slots_of(record_class) - needed
 
     @property
     def base(self) -> torch.Tensor:
@@ -179,21 +168,15 @@ class VramTier:
         self._counters.warm += len(in_ram)
         unproven = slots[here & ~self._tier.proven[slots]]
         if len(unproven):
-            self._admit(unproven.tolist())
-        self._publish_deferred()
-        self._defer(in_ram[self.slots.slot_of[in_ram] == NOBODY])
+            self._transfers.admit(unproven.tolist())
+        self._promotions.land()
+        self._promotions.start(in_ram[self.slots.slot_of[in_ram] == NOBODY])
         self.publish()
 
     def publish(self) -> None:
         """Let lookups that are launched from now on see everything that has come and gone."""
         self.copies.ready()
         self._table.flush()
-
-    def _admit(self, slots: Sequence[int]) -> None:
-        """Let those of `slots` stay that are worth it; demote what they displace."""
-        displaced = self.slots.admit(slots)
-        if displaced:
-            self._transfers.demote(displaced)
 
     # -- decode ---------------------------------------------------------------------------------
 
@@ -220,7 +203,7 @@ class VramTier:
                 yield Brought(landed, [])
             for group in _groups(missing, self._placement.top_k[layer]):
                 yield from self._fetch_group(call, group, choose)
-            self._admit(list(hits.values()))
+            self._transfers.admit(list(hits.values()))
         finally:
             self._end(call)
 
@@ -235,9 +218,11 @@ class VramTier:
             yield self._bring(call, warm, choose, newcomers, computed)
         for held in lease.arrivals():
             yield self._bring(call, [held], choose, newcomers, computed)
-        self._defer(self._placement.indices(call.layer, [held.expert for held in computed]))
+        self._promotions.start(
+            self._placement.indices(call.layer, [held.expert for held in computed])
+        )
         call.let_go()
-        self._admit(newcomers)
+        self._transfers.admit(newcomers)
 
     def _bring(
         self,
@@ -266,76 +251,20 @@ class VramTier:
         worth = self._placement.policy.worth(indices, self._placement.step)
         return [held[place] for place in np.argsort(-worth, kind="stable").tolist()]
 
-    # -- promotion apart from serving -----------------------------------------------------------
-
-    def _defer(self, experts: NDArray[np.int64]) -> None:
-        """Start copies of those computed in RAM that VRAM would keep; nobody waits for them."""
-        if not len(experts):
-            return
-        worth = self._placement.policy.worth(experts, self._placement.step)
-        pairs, sinking = list[tuple[int, int]](), list[int]()
-        leases = self._placement.warm.leases
-        try:
-            for expert in experts[np.argsort(-worth, kind="stable")].tolist():
-                record_class = int(self._class_of[expert])
-                home = self._placement.homes.get(expert)
-                if not self._may_defer(record_class, len(pairs)):
-                    break
-                if home is None or home.ticket is not None or expert in self._coming():
-                    continue
-                leases[home.slot] += 1  # what sinks in its place takes another slot
-                pairs.append((home.slot, NOBODY))
-                displaced = self.slots.make_place(record_class, expert)
-                if displaced is None and len(self._spare_warm) == 1:
-                    break  # nor is any that is worth less
-                if displaced is None:
-                    continue
-                self._tier.leases[displaced] += 1  # not to be reused before they have been copied
-                sinking += displaced
-                slot = self.slots.take_deferred(record_class, expert)
-                if slot is not None:
-                    pairs[-1] = (home.slot, slot)
-            self._transfers.demote(sinking)
-            chosen = [pair for pair in pairs if pair[1] != NOBODY]
-            if chosen:
-                self._transfers.defer(chosen)
-        finally:
-            for source, _ in pairs:
-                leases[source] -= 1
-            for slot in sinking:
-                self._tier.leases[slot] -= 1
-
-    def _may_defer(self, record_class: int, more: int) -> bool:
-        """Whether a layer's experts find their slots, above and below, with one more held."""
-        count = len(self._transfers.deferred) + more
-        return count < min(_MOST_DEFERRED, self._spare_warm[record_class])
-
-    def _coming(self) -> set[int]:
-        """Experts whose deferred copies are under way."""
-        return {int(self._tier.owner[slot]) for slot in self.slots.deferred}
-
     def _land(self, call: VramCall, missing: list[int]) -> list[Arrival]:
         """Those of `missing` that are coming up already, here now; they are taken out of it."""
-        coming = self._coming()
+        coming = self._promotions.coming
         if not coming:
             return []
         index = self._placement.index
         landed = [expert for expert in missing if index(call.layer, expert) in coming]
         if landed:
-            self._publish_deferred(wait=True)
+            self._promotions.land(wait=True)
             missing[:] = [expert for expert in missing if expert not in landed]
             self._counters.warm += len(landed)
         slots = self.slots.slot_of[self._placement.indices(call.layer, landed)].tolist()
         call.lease(slots)
         return self._arrivals(landed, slots)
-
-    def _publish_deferred(self, *, wait: bool = False) -> None:
-        """Let be found what has come; it stays if it is still worth it."""
-        slots = self._transfers.ended(wait=wait)
-        for slot in slots:
-            self.slots.publish(slot)
-        if slots:
-            self._admit(slots)
 
     # -- prefill --------------------------------------------------------------------------------
 
@@ -468,7 +397,7 @@ class VramTier:
         """
         placement, record_class = self._placement, self._placement.class_of_layer[layer]
         room, found = self.slots.num_passing(record_class), list[Held]()
-        coming = self._coming()
+        coming = self._promotions.coming
         for expert in experts:
             index = placement.index(layer, expert)
             home = placement.homes.get(index)
@@ -522,7 +451,7 @@ class VramTier:
         self._call = None
         self._ahead.clear()
         self.slots.sweep()
-        self._publish_deferred()
+        self._promotions.land()
         self.publish()
 
     def _make_idle(self) -> None:
@@ -532,7 +461,7 @@ class VramTier:
 
     def _make_quiet(self) -> None:
         """No copy is under way at all, and the table says what has come."""
-        self._publish_deferred(wait=True)
+        self._promotions.land(wait=True)
         self._make_idle()
         self._table.flush()
 
@@ -553,7 +482,7 @@ class VramTier:
             if call.recycle() or self._transfers.settle():
                 continue
             assert self._transfers.deferred, "the reserve of slots is leased"
-            self._publish_deferred(wait=True)
+            self._promotions.land(wait=True)
 
     def _copy_up(self, call: VramCall, held: list[Held]) -> list[int]:
         """Enqueue copies into slots for which room has been made, and publish them."""
