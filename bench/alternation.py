@@ -5,6 +5,7 @@ domain, then decoded tokens, with the books checked after each. Turns with conte
 are compared with each other; the first few of each may take memory.
 """
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ JUDGED = ("rss_anonymous", "pinned", "vram_used_rest", "vram_allocated_rest")
 
 SETTLING = 2
 """Turns of each length that may take memory."""
+
+MANY = 5
+"""Turns of a length, in a quarter of all, from which on quarters are compared."""
 
 _PERIOD = 4096
 """Tokens after which a domain begins anew: making them takes longer than prefilling them."""
@@ -105,13 +109,26 @@ def _turn(engine: Engine, device: str, length: int, domain: int, seconds: float)
 
 
 def growth(turns: Sequence[Turn], context: int) -> dict[str, int]:
-    """Bytes by which the worst later turn with this length exceeds the first few of them."""
+    """Bytes by which later turns with this length exceed the first few of them.
+
+    The worst of few. Of many, the median of the last quarter against that of the first: what an
+    allocator holds back differs from turn to turn, what leaks adds up.
+    """
     memory = [turn.memory for turn in turns if turn.context == context]
     settling, later = memory[:SETTLING], memory[SETTLING:]
+    names, quarter = memory[0] if later else (), len(later) // 4
+    if quarter >= MANY:
+        return {
+            name: int(_median(later[-quarter:], name) - _median(later[:quarter], name))
+            for name in names
+        }
     return {
-        name: max(row[name] for row in later) - max(row[name] for row in settling)
-        for name in (memory[0] if later else ())
+        name: max(row[name] for row in later) - max(row[name] for row in settling) for name in names
     }
+
+
+def _median(memory: Sequence[dict[str, int]], name: str) -> float:
+    return statistics.median(row[name] for row in memory)
 
 
 def faults(turns: Sequence[Turn], contexts: Sequence[int], limit: int) -> list[str]:

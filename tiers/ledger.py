@@ -3,9 +3,11 @@
 Read with `Ledger.snapshot()`; two snapshots subtract to what happened between them.
 """
 
-from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
+
+import numpy as np
 
 _KEPT_TIMINGS = 200_000
 """Layer timings kept: 3 000 tokens of a 60-layer model."""
@@ -64,12 +66,42 @@ class LayerTiming(NamedTuple):
     read_bytes: int
 
 
+_TIMING = np.dtype(
+    [
+        (name, np.int64 if name in ("step", "layer", "tokens", "read_bytes") else np.float64)
+        for name in LayerTiming._fields
+    ]
+)
+
+
+class Timings:
+    """The newest `capacity` layer timings, oldest first, in memory that is taken once."""
+
+    def __init__(self, capacity: int = _KEPT_TIMINGS) -> None:
+        self._rows = np.zeros(capacity, _TIMING)
+        self._rows.fill(0)  # its pages are taken now, not one by one in a long run
+        self._count = 0
+
+    def append(self, timing: LayerTiming) -> None:
+        """Note one; the oldest goes if there is no room."""
+        self._rows[self._count % len(self._rows)] = timing
+        self._count += 1
+
+    def __len__(self) -> int:
+        return min(self._count, len(self._rows))
+
+    def __iter__(self) -> Iterator[LayerTiming]:
+        first = max(0, self._count - len(self._rows))
+        for number in range(first, self._count):
+            yield LayerTiming(*self._rows[number % len(self._rows)].tolist())
+
+
 class Ledger:
     """The counters, written by the residency and the engine, on the model's thread only."""
 
     def __init__(self) -> None:
         self.counters = Counters()
-        self.timings: deque[LayerTiming] = deque(maxlen=_KEPT_TIMINGS)
+        self.timings = Timings()
 
     def snapshot(self) -> Counters:
         return replace(self.counters)

@@ -138,6 +138,18 @@ def test_contexts_of_one_length_are_compared_with_each_other() -> None:
     assert "too few contexts of 64" in alternation.faults(turns[:4], (64,), 1)[0]
 
 
+def test_of_many_contexts_the_trend_counts_and_not_the_worst() -> None:
+    def growth(per_turn: float) -> int:
+        sizes = [
+            int((700 + (number * 37 % 40) + per_turn * number) * (1 << 20)) for number in range(100)
+        ]
+        turns = [Turn(8, 0, 1.0, {"rss": size}) for size in sizes]
+        return alternation.growth(turns, 8)["rss"] >> 20
+
+    assert abs(growth(0.0)) <= 2, "40 MiB up and down"
+    assert growth(0.5) >= 32, "a leak of 50 MiB"
+
+
 def test_arbiter(synthetic: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gpu_arbiter.main(
         synthetic / "store", "cpu", "10%experts", "50%experts", context=48, decoded=4, ubatch=16

@@ -1,8 +1,10 @@
 """Counters that subtract, and the time that the bytes alone would take."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tierrun.tiers.ledger import LayerTiming, Ledger, bound_seconds
+from tierrun.tiers.ledger import LayerTiming, Ledger, Timings, bound_seconds
 
 
 def test_snapshots_subtract_to_what_happened_between_them() -> None:
@@ -19,6 +21,16 @@ def test_snapshots_subtract_to_what_happened_between_them() -> None:
 
 def timing(resident: float, hits: float, misses: float, read_bytes: int) -> LayerTiming:
     return LayerTiming(0, 0, 1, resident, hits, misses, 0.0, read_bytes)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 60), st.floats(0, 1)), max_size=30))
+def test_the_newest_timings_are_kept_as_they_were(made: list[tuple[int, float]]) -> None:
+    kept = Timings(capacity=7)
+    timings = [LayerTiming(n, 1, 2, wait, 0.0, 0.0, wait, n) for n, wait in made]
+    for one in timings:
+        kept.append(one)
+    assert list(kept) == timings[-7:] and len(kept) == min(7, len(timings))
+    assert all(isinstance(one.step, int) for one in kept)
 
 
 def test_the_bounds_follow_their_definitions() -> None:
