@@ -12,6 +12,7 @@ from tests.engine.models import save_runnable
 from tests.engine.test_gpu_engine import load
 
 from tierrun.engine.experts import Interrupted
+from tierrun.engine.gpu import backend
 from tierrun.engine.options import Options
 from tierrun.io.errors import UsageError
 from tierrun.tiers.ledger import Counters
@@ -86,6 +87,29 @@ def test_the_cpu_computes_what_ram_has_and_the_gpu_what_has_just_come(
     assert counters.computed_bytes > 0 and counters.computed_seconds > 0
     assert counters.warm + counters.cold > 0
     assert counters.computed_bytes * counters.cold == counters.zero_copy_bytes * counters.warm
+
+
+@pytest.mark.parametrize("lanes", ["gpu", "cpu"])
+def test_ram_that_the_gpu_cannot_read_gives_the_same(
+    lanes: str,
+    tiny: Model,
+    outcome: Callable[[str], Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    make = backend.make_device_tiers
+    monkeypatch.setattr(
+        backend, "make_device_tiers", lambda *a, **k: make(*a, **k)._replace(in_place=False)
+    )
+    with load(tiny, vram=str(tiny.smallest), lanes=lanes, ubatch=2) as engine:
+        logits = torch.cat([engine.logits(prompt) for prompt in PROMPTS])
+        engine.check_integrity()
+        counters = engine.ledger.snapshot()
+    wanted = outcome("gpu").logits
+    assert ((logits - wanted).norm(dim=1) / wanted.norm(dim=1)).max() < 1e-3
+    assert counters.zero_copy_bytes == 0 and counters.promoted_bytes > 0
+    assert (counters.computed_bytes > 0) == (lanes == "cpu")
+    assert "cannot read RAM in place" in caplog.text
 
 
 def test_the_costs_are_said(outcome: Callable[[str], Outcome]) -> None:
