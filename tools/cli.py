@@ -22,6 +22,7 @@ from tierrun.tools.arguments import (
     read_prompt,
     store_directories,
 )
+from tierrun.tools.bench import bench_app
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.add_typer(bench_app, name="bench")
 
 
 @app.callback(invoke_without_command=True)
