@@ -5,6 +5,7 @@ for a while spreads over the cells instead of striking one.
 """
 
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,15 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from tierrun.bench.cells import Cell, Metric, Results
 from tierrun.bench.io_load import Load, Read, run_load
-from tierrun.bench.io_plan import Case, Plan
-from tierrun.bench.io_readers import (
-    COLD,
-    HostBuffers,
-    open_to_device,
-    open_to_host,
-    touch,
-)
-from tierrun.bench.io_sources import MOST_PLACES, Source, stored_sources
+from tierrun.bench.io_plan import Case
+from tierrun.bench.io_readers import COLD, HostBuffers, open_to_device, open_to_host, touch
+from tierrun.bench.io_sources import Source, stored_sources
 from tierrun.bench.io_testfile import Progress, nameless_file
 from tierrun.bench.pagecache import cached_share, drop
 from tierrun.bench.sheets import in_words
@@ -45,7 +40,11 @@ _WARM_BYTES = 512 << 20
 """What `mmap-warm` reads of: enough to be more than the processor's caches."""
 
 _SMALL_BYTES = 2 << 30
+"""Below it a file is no fair test of a drive."""
+
 _STILL_CACHED = 0.01
+_BUSY = 0.5
+"""Runnable processes per core from which on numbers are not the drive's alone."""
 
 Say = Callable[[str], None]
 """Shows what is being done."""
@@ -126,23 +125,27 @@ class Bench:
 
     def _places(self, case: Case, source: Source, before: int, seed: int) -> list[Place]:
         """Of `source`, whose files are behind `before` others."""
-        warm = case.reader == "mmap-warm"
-        most = max(1, _WARM_BYTES // case.nbytes) if warm else MOST_PLACES
         shuffled = case.pattern == "random"
-        places = source.places(case.nbytes, shuffled=shuffled, most=most, seed=0 if warm else seed)
+        if case.reader == "mmap-warm":
+            most = max(1, _WARM_BYTES // case.nbytes)
+            places = source.first_places(case.nbytes, shuffled=shuffled, most=most)
+        else:
+            places = source.places(case.nbytes, shuffled=shuffled, seed=seed)
         return [Place(place.shard + before, place.offset) for place in places]
 
 
-def measure_all(bench: Bench, cases: Sequence[Case], plan: Plan, say: Say) -> list[Cell]:
-    """`plan.rounds` rounds of all `cases`.
+def measure_all(
+    bench: Bench, cases: Sequence[Case], rounds: int, seconds: float, say: Say
+) -> list[Cell]:
+    """All `cases`, `rounds` times, for `seconds` each.
 
     Raises:
         TierrunError: a drive failed.
     """
-    seconds, loads = plan.seconds_of(len(cases)), [list[Load]() for _ in cases]
-    for number in range(plan.rounds):
+    loads = [list[Load]() for _ in cases]
+    for number in range(rounds):
         for case, found in zip(cases, loads, strict=True):
-            say(f"round {number + 1} of {plan.rounds}: {in_words(case.key())}")
+            say(f"round {number + 1} of {rounds}: {in_words(case.key())}")
             found.append(bench.measure(case, seconds, number))
     return [_cell(case, found) for case, found in zip(cases, loads, strict=True)]
 
@@ -169,6 +172,9 @@ def results_of(
 
 def about(sources: Sequence[Source], cases: Sequence[Case]) -> Iterator[str]:
     """What has to be known to read the numbers, a sentence each."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > _BUSY * cores:
+        yield f"others were busy when it began (load average {load:.1f}, {cores} cores)"
     for source in sources:
         yield from _about_source(source)
     readers = {case.reader for case in cases}

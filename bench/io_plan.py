@@ -144,12 +144,12 @@ def choose_cases(
     Raises:
         UsageError: none is left; says why.
     """
-    cases, hindrances = Cases(), _Hindrances(plan)
+    cases, hindrances = Cases(), _Hindrances()
     for case in _every_case(plan, sources, targets):
         reason = hindrances.of(case) or _reason_against(case, plan, memory)
         if reason is None:
             cases.chosen.append(case)
-        elif reason not in hindrances.unasked:
+        else:
             cases.left_out[reason] += 1
     if not cases.chosen:
         raise UsageError(f"nothing can be measured: {'; '.join(cases.left_out) or 'no readers'}")
@@ -157,31 +157,20 @@ def choose_cases(
 
 
 class _Hindrances:
-    """Why readers cannot be used on sources, each found out once.
+    """Why readers cannot be used on sources, each found out once."""
 
-    `unasked`: that there is no kvikio, where nobody has asked for it.
-    """
-
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self) -> None:
         self._found: dict[tuple[str, Path], str | None] = {}
-        self._lacks_kvikio = plan.readers is None and find_spec("kvikio") is None
-        self.unasked = {"no kvikio"}
 
     def of(self, case: Case) -> str | None:
         """Why `case` cannot be measured, or None."""
         for source in case.sources:
             key = (case.reader, source.directory)
             if key not in self._found:
-                self._found[key] = self._look(case.reader, source)
+                self._found[key] = obstacle(case.reader, source.paths[0])
             if self._found[key] is not None:
-                return self._found[key]
+                return f"{case.reader} in {source.directory}: {self._found[key]}"
         return None
-
-    def _look(self, reader: str, source: Source) -> str | None:
-        if self._lacks_kvikio and reader.startswith("kvikio"):
-            return "no kvikio"
-        found = obstacle(reader, source.paths[0])
-        return found and f"{reader} in {source.directory}: {found}"
 
 
 def _every_case(plan: Plan, sources: Sequence[Source], targets: Sequence[str]) -> Iterator[Case]:
@@ -199,8 +188,10 @@ def _every_case(plan: Plan, sources: Sequence[Source], targets: Sequence[str]) -
 
 
 def _ways(plan: Plan, targets: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Readers, and where they read to."""
-    for reader in plan.readers or READERS:
+    """Readers, and where they read to; kvikio where it is installed or asked for."""
+    has_kvikio = find_spec("kvikio") is not None
+    usual = [reader for reader in READERS if has_kvikio or not reader.startswith("kvikio")]
+    for reader in plan.readers or usual:
         yield from ((reader, to) for to in targets if to == "host" or reader in DEVICE_READERS)
 
 

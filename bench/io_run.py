@@ -10,13 +10,7 @@ from rich.console import Console
 
 from tierrun.bench import fio
 from tierrun.bench.cells import Results
-from tierrun.bench.io_bench import (
-    Bench,
-    about,
-    measure_all,
-    open_sources,
-    results_of,
-)
+from tierrun.bench.io_bench import Bench, about, measure_all, open_sources, results_of
 from tierrun.bench.io_fio import against_fio, comparable, sheet_of_agreements
 from tierrun.bench.io_plan import Plan, choose_cases
 from tierrun.bench.io_sources import Source
@@ -75,7 +69,8 @@ def _readers(
     cases = choose_cases(plan, sources, targets, host_memory().free // _MEMORY_SHARE)
     notes = [*about(sources, cases.chosen), *cases.notes()]
     seconds = plan.seconds_of(len(cases.chosen))
-    cells = measure_all(Bench(cases.chosen, device), cases.chosen, plan, say)
+    bench = Bench(cases.chosen, device)
+    cells = measure_all(bench, cases.chosen, plan.rounds, seconds, say)
     setting = {"rounds": plan.rounds, "seconds_per_round": seconds}
     results = results_of(cells, sources, setting, notes, {})
     return results, [sheet_of(results)]

@@ -3,7 +3,7 @@
 import itertools
 import random
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,17 +34,26 @@ class Source:
         """How many reads of `nbytes` do not overlap."""
         return len(self.records.get(nbytes, ())) or self._ends(nbytes)[-1]
 
-    def places(self, nbytes: int, *, shuffled: bool, most: int, seed: int) -> list[Place]:
-        """At most `most` places to read `nbytes` at, none twice: any, or a stretch in file order.
-
-        Places are the store's records of that size where it has some, else multiples of it.
-        """
+    def places(self, nbytes: int, *, shuffled: bool, seed: int) -> list[Place]:
+        """Places to read `nbytes` at, none twice: any of all, or a stretch in file order."""
         count = self.num_places(nbytes)
-        most, chance = min(most, MOST_PLACES, count), random.Random(seed)
+        most, chance = min(MOST_PLACES, count), random.Random(seed)
         first = chance.randrange(count - most + 1)
-        chosen = chance.sample(range(count), most) if shuffled else range(first, first + most)
+        return self._at(
+            nbytes, chance.sample(range(count), most) if shuffled else range(first, first + most)
+        )
+
+    def first_places(self, nbytes: int, *, shuffled: bool, most: int) -> list[Place]:
+        """The first `most` in file order, shuffled or not: the same of the files for any size."""
+        chosen = list(range(min(most, self.num_places(nbytes))))
+        if shuffled:
+            random.Random(0).shuffle(chosen)
+        return self._at(nbytes, chosen)
+
+    def _at(self, nbytes: int, numbers: Iterable[int]) -> list[Place]:
+        """Places by number: the store's records of that size where it has some, else multiples."""
         records, ends = self.records.get(nbytes), self._ends(nbytes)
-        return [records[i] if records else _place(ends, i, nbytes) for i in chosen]
+        return [records[i] if records else _place(ends, i, nbytes) for i in numbers]
 
     def _ends(self, nbytes: int) -> list[int]:
         """How many places the files have up to each of them."""

@@ -336,7 +336,8 @@ def main() -> None:
     group: Any = typer.main.get_command(app)
     options = [param for param in group.commands["run"].params if not getattr(param, "is_flag", 0)]
     takes_value = {name for param in options for name in param.opts if name.startswith("-")}
-    argv = normalise(sys.argv[1:], group.commands, takes_value)
+    commands = {name: getattr(each, "commands", ()) for name, each in group.commands.items()}
+    argv = normalise(sys.argv[1:], commands, takes_value)
     try:
         sys.exit(app(argv, standalone_mode=False))
     except _ArgumentError as error:

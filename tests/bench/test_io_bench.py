@@ -31,6 +31,7 @@ from tierrun.io.extent import PAGE
 from tierrun.io.measuring import Place
 from tierrun.io.reader import choose_reader
 from tierrun.tools import cli
+from tierrun.tools.arguments import normalise
 
 MIB = 1 << 20
 QUICK = Plan(sizes=(4 * PAGE,), depths=(2,), readers=("buffered",), rounds=2, seconds=0.01)
@@ -172,7 +173,7 @@ def test_every_reader_gets_the_bytes(reader: str, source: Source) -> None:
     nbytes, buffers = 4 * PAGE, HostBuffers(HostBuffers.needed(4 * PAGE, 3)).lanes(4 * PAGE, 3)
     data = source.paths[0].read_bytes()
     with open_to_host(reader, source.paths, buffers) as read:
-        for lane, place in enumerate(source.places(nbytes, shuffled=True, most=3, seed=0)):
+        for lane, place in enumerate(source.places(nbytes, shuffled=True, seed=0)[:3]):
             read(lane, place)
             assert bytes(buffers[lane]) == data[place.offset : place.offset + nbytes]
 
@@ -222,7 +223,7 @@ def test_cells_have_a_sample_of_each_round(source: Source) -> None:
     needs_direct(source.paths[0])
     plan = replace(QUICK, readers=("direct", "mmap", "mmap-warm", "buffered"), depths=(1, 2))
     cases, said = chosen(plan, source), list[str]()
-    cells = measure_all(Bench(cases, None), cases, plan, said.append)
+    cells = measure_all(Bench(cases, None), cases, 2, 0.01, said.append)
     assert len(cells) == 8 and len(said) == 16
     assert said[0].startswith("round 1 of 2: ") and said[8].startswith("round 2 of 2: ")
     for cell in cells:
@@ -243,7 +244,7 @@ def test_a_file_that_ends_in_mid_run(reader: str, source: Source) -> None:
         real(paths)
         os.truncate(source.paths[0], 5 * PAGE)
 
-    places = source.places(case.nbytes, shuffled=True, most=99, seed=0)
+    places = source.places(case.nbytes, shuffled=True, seed=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Source, "places", lambda self, nbytes, **how: places)
         patch.setattr(io_bench, "drop", drop_and_truncate)
@@ -392,6 +393,15 @@ def test_against_fio_end_to_end(run: Run, tmp_path: Path) -> None:
     (agreement,) = read_document(file).results.details["agreement"]
     assert agreement["verdict"] in {"within 5 %", "within fio's spread", "differs"}
     assert list(directory.iterdir()) == []
+
+
+def test_options_may_stand_before_the_command() -> None:
+    commands: dict[str, Sequence[str]] = {"bench": ("io",), "run": (), "ls": ()}
+    before = normalise(["--nvme-dir", "ls", "bench", "io", "--full"], commands, {"--nvme-dir"})
+    assert before == ["bench", "io", "--nvme-dir", "ls", "--full"]
+    assert normalise(["bench", "--help"], commands, set()) == ["bench", "--help"]
+    assert normalise(["ls", "io"], commands, set()) == ["ls", "io"]
+    assert normalise(["-p", "bench"], commands, {"-p"}) == ["run", "-p", "bench"]
 
 
 @pytest.mark.parametrize("command", [[], ["bench"], ["bench", "io"], ["bench", "compare"]])

@@ -136,7 +136,7 @@ def test_a_store_is_read_at_its_records(tmp_path: Path) -> None:
         assert source.num_places(PAGE) == 3
         (shard,) = (i for i, p in enumerate(tiny.store.shard_paths) if p.parent == directory)
         assert source.paths == (tiny.store.shard_paths[shard],)
-        for place in source.places(3 * PAGE, shuffled=True, most=99, seed=1):
+        for place in source.places(3 * PAGE, shuffled=True, seed=1):
             data = tiny.images[shard][place.offset : place.offset + 3 * PAGE]
             assert any(data == tiny.record(key) for key in _keys(tiny))
 
@@ -179,8 +179,11 @@ def test_places_do_not_overlap_and_lie_in_their_files(
     source, nbytes = Source(directory, paths, "files"), pages * PAGE
     count = source.num_places(nbytes)
     assert count == sum(size // pages for size in sizes)
-    places = source.places(nbytes, shuffled=shuffled, most=most, seed=seed) if count else []
-    assert len(set(places)) == len(places) == min(most, count)
+    places = source.places(nbytes, shuffled=shuffled, seed=seed) if count else []
+    assert len(set(places)) == len(places) == count
+    first = source.first_places(nbytes, shuffled=shuffled, most=most)
+    assert len(set(first)) == len(first) == min(most, count)
+    assert sorted(first) == sorted(places)[: len(first)]
     for place in places:
         assert place.offset % nbytes == 0
         assert place.offset + nbytes <= sizes[place.shard] * PAGE
