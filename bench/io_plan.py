@@ -28,7 +28,7 @@ _USUAL_IN_FLIGHT = 512 << 20
 """More at once tells nothing new, but takes seconds on a slow drive: only when asked for."""
 
 _BUDGET_SECONDS = 110.0
-_OVERHEAD_SECONDS = 0.35
+_OVERHEAD_SECONDS = 0.2
 """Of a round of a cell, on average: warming up, and dropping what is cached."""
 
 _SHORTEST, _LONGEST = 0.15, 1.0
