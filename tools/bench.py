@@ -9,8 +9,15 @@ from tierrun.tools.arguments import store_directories
 
 bench_app = typer.Typer(
     help="Measure what this machine gives, and compare two measurements.",
-    no_args_is_help=True,
+    invoke_without_command=True,
 )
+
+
+@bench_app.callback()
+def bench(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
 
 Directories = Annotated[
     list[Path] | None,

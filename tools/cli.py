@@ -32,7 +32,6 @@ app = typer.Typer(
     help="Run Mixture-of-Experts models larger than VRAM, larger than RAM, larger than both.\n\n"
     "tierrun --nvme-dir DIR: a chat; with -p TEXT: one completion "
     "(all options: tierrun run --help).",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -44,11 +43,14 @@ app.add_typer(bench_app, name="bench")
 
 @app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
         typer.echo(f"tierrun {tierrun.__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
