@@ -1,4 +1,4 @@
-"""fio as the yardstick: what the drive gives to random direct reads of one size and depth."""
+"""fio as the yardstick: what the drive gives to direct reads of one size and depth."""
 
 import json
 import os
@@ -8,32 +8,49 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierrun.io.errors import TierrunError, UsageError
+from tierrun.io.extent import align_up
 
 SECONDS = 3.0
+ENGINE = "libaio"
 
+_HUGE_PAGE = 2 << 20
 _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """fio gets huge pages for its buffers, as our slots have: with small ones it reads at a third to
 all of the bandwidth, by the luck of where they lie, and would flatter us."""
 
+_RAMP_SECONDS = 0.5
+_RAMP_BANDWIDTH = 0.5e9
+"""At which a machine is assumed to read, and to find memory for fio's buffers, at the least."""
+
 
 @dataclass(frozen=True, slots=True)
 class FioResult:
-    """Bytes per second of one fio run, and with what it was asked."""
+    """Of one fio run: bytes and reads per second, seconds within which so many reads came, from
+    the call that submits them (`lat`), and with what it was asked."""
 
     bandwidth: float
+    iops: float
+    p50: float
+    p95: float
+    p99: float
     block_bytes: int
     depth: int
 
 
 def obstacle() -> str | None:
     """Why fio cannot be run here, or None."""
-    return None if shutil.which("fio") else "fio is not installed"
+    return None if shutil.which("fio") else "fio is not installed (apt install fio)"
 
 
-def random_reads(
-    path: Path, block_bytes: int, depth: int, seconds: float = SECONDS, seed: int = 1
+def direct_reads(
+    path: Path,
+    block_bytes: int,
+    depth: int,
+    seconds: float = SECONDS,
+    seed: int = 1,
+    pattern: str = "random",
 ) -> FioResult:
-    """Random direct reads of `block_bytes` from `path`, `depth` at once, for `seconds`.
+    """Direct reads of `block_bytes` from `path`, `depth` at once, for `seconds` after a warm-up.
 
     Raises:
         UsageError: no fio.
@@ -42,28 +59,44 @@ def random_reads(
     reason = obstacle()
     if reason is not None:
         raise UsageError(f"{reason}; it is what our bandwidth is measured against")
-    command = _command(path, block_bytes, depth, seconds, seed)
+    command = _command(path, block_bytes, depth, seconds, seed, pattern)
     environment = os.environ | _HUGE_PAGES
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     if run.returncode != 0:
         raise TierrunError(f"fio failed ({run.returncode}): {run.stderr.strip()[:500]}")
-    (job,) = json.loads(run.stdout)["jobs"]
-    return FioResult(float(job["read"]["bw_bytes"]), block_bytes, depth)
+    # Warnings may stand before the document, in the same stream.
+    (job,) = json.loads(run.stdout[run.stdout.index("{") :])["jobs"]
+    read = job["read"]
+    percentiles = read["lat_ns"]["percentile"]
+    p50, p95, p99 = (percentiles[f"{percent}.000000"] / 1e9 for percent in (50, 95, 99))
+    bandwidth, iops = float(read["bw_bytes"]), float(read["iops"])
+    return FioResult(bandwidth, iops, p50, p95, p99, block_bytes, depth)
 
 
-def _command(path: Path, block_bytes: int, depth: int, seconds: float, seed: int) -> list[str]:
+def _command(
+    path: Path, block_bytes: int, depth: int, seconds: float, seed: int, pattern: str
+) -> list[str]:
+    # Buffers are as far apart as the largest block of any direction: with a size for writes, which
+    # there are none of, each buffer begins in a huge page of its own, as ours do.
+    apart = align_up(block_bytes, _HUGE_PAGE)
+    ramp = _RAMP_SECONDS + depth * block_bytes / _RAMP_BANDWIDTH
     return [
         "fio",
         "--name=records",
         f"--filename={path}",
         "--readonly",
-        "--rw=randread",
+        f"--rw={'randread' if pattern == 'random' else 'read'}",
         "--direct=1",
-        "--ioengine=libaio",
-        f"--bs={block_bytes}",
+        f"--ioengine={ENGINE}",
+        f"--bs={block_bytes},{apart},{apart}",
+        f"--iomem_align={_HUGE_PAGE}",
         f"--iodepth={depth}",
+        "--thread",  # one process, which ends with one signal
         "--time_based",
+        f"--ramp_time={int(ramp * 1000)}ms",
         f"--runtime={int(seconds * 1000)}ms",
         f"--randseed={seed}",
+        "--lat_percentiles=1",
+        "--percentile_list=50:95:99",
         "--output-format=json",
     ]

@@ -76,12 +76,12 @@ def measure(setting: Setting, rounds: int, seconds: float, console: Console) -> 
     shard = expert_shard(setting.store)
     nbytes = max(c.nbytes for c in Store.open([setting.store]).manifest.classes)
     depth, done = 2, list[Round]()
-    before = fio.random_reads(shard, nbytes, depth, seconds).bandwidth
+    before = fio.direct_reads(shard, nbytes, depth, seconds).bandwidth
     for number in range(2 * rounds):
         lookahead = number % 2 == 0
         run, usage = run_once(setting, lookahead)
         depth = max(1, round(run.mean_depth))
-        after = fio.random_reads(shard, nbytes, depth, seconds, seed=number + 2).bandwidth
+        after = fio.direct_reads(shard, nbytes, depth, seconds, seed=number + 2).bandwidth
         done.append(Round(lookahead, run, usage, depth, (before, after)))
         before = after
         console.print(_line(done[-1]))

@@ -17,8 +17,9 @@ import typer
 from rich.table import Table
 
 from tierrun.bench import fio
-from tierrun.bench.demand import Arm, Demander, Reading, open_queue
+from tierrun.bench.demand import Arm, Demander, open_queue
 from tierrun.bench.report import Spread, document, emit, open_console, run_script, spread
+from tierrun.bench.yardstick import alternate
 from tierrun.io.reads import DEFAULT_DEPTH, PART_BYTES
 from tierrun.io.store import Store
 
@@ -41,20 +42,17 @@ def compare(demander: Demander, path: Path, nbytes: int, arm: Arm, plan: "Plan")
     """fio, ours, fio, ours, …, fio on one arm."""
     pilot = demander.run(arm, plan.seconds / 2)
     depth = max(1, round(pilot.mean_depth))
-    yardsticks = [fio.random_reads(path, nbytes, depth, plan.seconds).bandwidth]
-    ours: list[Reading] = []
-    for number in range(plan.rounds):
-        ours.append(demander.run(arm, plan.seconds))
-        fresh = fio.random_reads(path, nbytes, depth, plan.seconds, seed=number + 2)
-        yardsticks.append(fresh.bandwidth)
-    pairs = zip(yardsticks, yardsticks[1:], strict=False)
-    ratios = [2 * reading.bandwidth / sum(pair) for reading, pair in zip(ours, pairs, strict=True)]
+    turns = alternate(
+        lambda number: demander.run(arm, plan.seconds),
+        lambda number: fio.direct_reads(path, nbytes, depth, plan.seconds, seed=number + 1),
+        plan.rounds,
+    )
     return Figures(
-        ours=spread([reading.bandwidth for reading in ours]),
-        fio=spread(yardsticks),
-        ratio=spread(ratios),
-        batch_seconds=spread([reading.batch_seconds for reading in ours]),
-        mean_depth=sum(reading.mean_depth for reading in ours) / len(ours),
+        ours=spread([reading.bandwidth for reading in turns.ours]),
+        fio=spread([result.bandwidth for result in turns.yardsticks]),
+        ratio=spread(turns.ratios(lambda mine: mine.bandwidth, lambda other: other.bandwidth)),
+        batch_seconds=spread([reading.batch_seconds for reading in turns.ours]),
+        mean_depth=sum(reading.mean_depth for reading in turns.ours) / len(turns.ours),
         fio_depth=depth,
     )
 

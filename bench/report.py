@@ -1,9 +1,11 @@
 """What every benchmark prints and writes: medians with their spread, and one JSON document.
 
-The document says where, with what code and by which command its numbers were made.
+The document says where, with what code and by which command its numbers were made, and which
+version of tierrun and of this form (`schema`) wrote it.
 """
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -15,14 +17,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import typer
 from rich.console import Console
 
+import tierrun
 from tierrun.io.errors import TierrunError
+
+SCHEMA = 1
+"""Of the documents; another number is another form, which programs of this one cannot read."""
 
 PACKAGES = ("torch", "transformers", "numpy", "uvloop")
 
+_GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
+"""Of NVIDIA's driver; the second is WSL's."""
 
 _FILE_WIDTH = 120
 
@@ -62,11 +69,31 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.median(values), min(values), max(values))
 
 
-def document(benchmark: str, results: dict[str, Any]) -> dict[str, Any]:
-    """`results` with the machine, the commit and the command that made them."""
+def percentile(ascending: Sequence[float], percent: float) -> float:
+    """The least of the values, in ascending order, that `percent` of them do not exceed: fio's
+    definition, without its histogram's rounding. Of at least one value."""
+    return ascending[max(0, math.ceil(percent / 100 * len(ascending)) - 1)]
+
+
+def has_gpu_driver() -> bool:
+    """Whether NVIDIA's driver is there; if not, torch, which takes seconds to import, need not be
+    asked about GPUs."""
+    return any(device.exists() for device in _GPU_DEVICES)
+
+
+def document(
+    benchmark: str, results: dict[str, Any], program: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """`results` with the machine, the commit and the command that made them.
+
+    `program` is what the command line's arguments were given to; by default the script.
+    """
+    script = ("python", "-m", f"tierrun.bench.{benchmark}")
     return {
+        "schema": SCHEMA,
+        "tierrun": tierrun.__version__,
         "benchmark": benchmark,
-        "command": shlex.join(["python", "-m", f"tierrun.bench.{benchmark}", *sys.argv[1:]]),
+        "command": shlex.join([*(script if program is None else program), *sys.argv[1:]]),
         "commit": _commit(),
         "machine": _machine(),
         **results,
@@ -96,12 +123,16 @@ def _machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        **(_gpu() if torch.cuda.is_available() else {}),
+        **(_gpu() if has_gpu_driver() else {}),
     }
 
 
 def _gpu() -> dict[str, Any]:
-    """The GPUs, as their driver describes them, and what programs them."""
+    """The GPUs that torch sees, as their driver describes them, and what programs them."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
     fields = "name,driver_version,memory.total,pcie.link.gen.max,pcie.link.width.max,power.limit"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     return {

@@ -62,9 +62,12 @@ class GdsReader:
 
     name = "gds"
 
-    def __init__(self, paths: Sequence[Path], depth: int) -> None:
+    def __init__(self, paths: Sequence[Path], depth: int, *, compat: bool = False) -> None:
+        """`compat`: without cuFile, whether or not there is GPUDirect Storage (to compare)."""
         kvikio = _kvikio()
         threads = num_threads(paths, depth)
+        if compat:  # a file keeps the mode that it was opened in
+            kvikio.defaults.set({"compat_mode": kvikio.CompatMode.ON})
         kvikio.defaults.set(
             {
                 "num_threads": threads,
@@ -82,7 +85,7 @@ class GdsReader:
     async def read(self, shard: int, offset: int, into: memoryview) -> None:
         """See `Reader`."""
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._pool, self._fill, shard, offset, into)
+        await loop.run_in_executor(self._pool, self.fill, shard, offset, into)
 
     def read_device(self, shard: int, offset: int, into: OnDevice) -> None:
         """Fill `into` from `offset` of shard number `shard`; blocks, calls may overlap.
@@ -95,9 +98,10 @@ class GdsReader:
         Raises:
             OSError: kvikio's error, or EIO where the file ends early.
         """
-        self._fill(shard, offset, into)
+        self.fill(shard, offset, into)
 
-    def _fill(self, shard: int, offset: int, into: memoryview | OnDevice) -> None:
+    def fill(self, shard: int, offset: int, into: memoryview | OnDevice) -> None:
+        """`read` and `read_device`, for who has no event loop; blocks."""
         nbytes = into.nbytes
         count = _call(lambda: self._files[shard].pread(into, nbytes, offset, nbytes).get())
         if count != nbytes:

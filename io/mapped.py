@@ -32,9 +32,10 @@ class MappedReader:
 
     async def read(self, shard: int, offset: int, into: memoryview) -> None:
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._pool, self._copy, shard, offset, into)
+        await loop.run_in_executor(self._pool, self.fill, shard, offset, into)
 
-    def _copy(self, shard: int, offset: int, into: memoryview) -> None:
+    def fill(self, shard: int, offset: int, into: memoryview) -> None:
+        """`read`, for who has no event loop; blocks, calls may overlap."""
         end = offset + len(into)
         if end > os.fstat(self._fds[shard]).st_size:
             raise OSError(errno.EIO, f"the file ends before byte {end}")
@@ -42,6 +43,10 @@ class MappedReader:
         np.copyto(np.frombuffer(into, dtype=np.uint8), self._views[shard][offset:end])
 
     async def close(self) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """`close`, for who has no event loop."""
         self._pool.shutdown()
         self._views.clear()
         for mapping in self._maps:

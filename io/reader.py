@@ -132,9 +132,14 @@ def _first_obstacle(paths: Sequence[Path]) -> str | None:
     return None
 
 
+def memory_filesystem(path: Path) -> str | None:
+    """The type of the file system that `path` lies on, if that keeps files in memory."""
+    return _MEMORY_FILESYSTEMS.get(_filesystem_type(path))
+
+
 def direct_obstacle(path: Path) -> str | None:
     """Why `path` cannot be read past the page cache, or None."""
-    memory = _MEMORY_FILESYSTEMS.get(_filesystem_type(path))
+    memory = memory_filesystem(path)
     if memory is not None:
         return f"{memory} keeps files in memory, there is no direct I/O"
     if not hasattr(os, "O_DIRECT"):

@@ -6,7 +6,7 @@ Flags have the names that llama.cpp's users expect. `tierrun --nvme-dir DIR -p t
 
 import os
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -56,16 +56,18 @@ def store_directories(argument: list[Path] | None, option: list[Path] | None) ->
 
 
 def normalise(
-    argv: Sequence[str], commands: Collection[str], value_options: Collection[str]
+    argv: Sequence[str], commands: Mapping[str, Collection[str]], value_options: Collection[str]
 ) -> list[str]:
     """Put the command first; a line that names none is a `run`.
 
-    `value_options` are those that take the next word, so that `-p run` is a prompt.
+    `commands` may have commands of their own, which come second. `value_options` are those that
+    take the next word, so that `-p run` is a prompt.
     """
     words = iter(range(len(argv)))
     for i in words:
         if argv[i] in commands:
-            return [argv[i], *argv[:i], *argv[i + 1 :]]
+            end = i + 2 if argv[i + 1 : i + 2] and argv[i + 1] in commands[argv[i]] else i + 1
+            return [*argv[i:end], *argv[:i], *argv[end:]]
         if argv[i] in value_options:
             next(words, None)
     asks = not argv or argv[0] in ("-h", "--help", "--version")

@@ -23,6 +23,7 @@ from tierrun.tools.arguments import (
     read_prompt,
     store_directories,
 )
+from tierrun.tools.bench import bench_app
 
 log = logging.getLogger(__name__)
 
@@ -32,20 +33,25 @@ app = typer.Typer(
     help="Run Mixture-of-Experts models larger than VRAM, larger than RAM, larger than both.\n\n"
     "tierrun --nvme-dir DIR: a chat; with -p TEXT: one completion "
     "(all options: tierrun run --help).",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+app.add_typer(bench_app, name="bench")
+
+
 @app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
         typer.echo(f"tierrun {tierrun.__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -366,7 +372,8 @@ def main() -> None:
     group: Any = typer.main.get_command(app)
     options = [param for param in group.commands["run"].params if not getattr(param, "is_flag", 0)]
     takes_value = {name for param in options for name in param.opts if name.startswith("-")}
-    argv = normalise(sys.argv[1:], group.commands, takes_value)
+    commands = {name: getattr(each, "commands", ()) for name, each in group.commands.items()}
+    argv = normalise(sys.argv[1:], commands, takes_value)
     try:
         sys.exit(app(argv, standalone_mode=False))
     except _ArgumentError as error:

@@ -101,7 +101,7 @@ def test_demand_reads(synthetic: Path, batch: int) -> None:
 def test_fio(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 20))
-    result = fio.random_reads(path, block_bytes=65536, depth=2, seconds=0.2)
+    result = fio.direct_reads(path, block_bytes=65536, depth=2, seconds=0.2)
     assert result.bandwidth > 0
 
 

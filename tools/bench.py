@@ -1,0 +1,132 @@
+"""`tierrun bench`: the bandwidth suite. What is heavy is imported inside the commands."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tierrun.tools.arguments import store_directories
+
+bench_app = typer.Typer(
+    help="Measure what this machine gives, and compare two measurements.",
+    invoke_without_command=True,
+)
+
+
+@bench_app.callback()
+def bench(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+Directories = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--nvme-dir",
+        help="Directory on the drive; repeat it to measure several alone and together. "
+        "[env var: TIERRUN_NVME_DIR]",
+        show_default=False,
+    ),
+]
+Duration = Annotated[
+    float | None,
+    typer.Option("--duration", help="Seconds of each cell and round. Default: what ends in time."),
+]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="How often each cell is measured.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write all samples to this file.")
+]
+CsvFile = Annotated[
+    Path | None, typer.Option("--csv", metavar="FILE", help="Write a line per cell to this file.")
+]
+MdFile = Annotated[
+    Path | None, typer.Option("--md", metavar="FILE", help="Write the table as Markdown.")
+]
+PlotFile = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Draw it (.png, .svg, .pdf).")
+]
+CompareFile = Annotated[
+    Path | None,
+    typer.Option("--compare", metavar="OLD.json", help="Show the change against older results."),
+]
+
+
+@bench_app.command("io")
+def bench_io(
+    nvme_dir: Directories = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option("--sizes", help="Record sizes: 1.8MB,8MiB. Default: a store's and models'."),
+    ] = None,
+    depths: Annotated[
+        str | None, typer.Option("--depths", help="Reads in flight per directory: 1,4,16.")
+    ] = None,
+    readers: Annotated[
+        str | None,
+        typer.Option(
+            "--readers",
+            help="direct, mmap, mmap-warm, buffered, kvikio-compat, kvikio-gds. Default: all there",
+        ),
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option("--pattern", help="random (the default), sequential, both.")
+    ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Every size, depth and pattern; the best part of an hour."),
+    ] = False,
+    size: Annotated[
+        str | None,
+        typer.Option("--size", help="Test file, where a directory holds no store. Default: 8GiB."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", envvar="TIERRUN_DEVICE", help="auto, cpu, cuda, cuda:N.")
+    ] = "auto",
+    vs_fio: Annotated[
+        bool, typer.Option("--vs-fio", help="Direct reads only, in turns with fio.")
+    ] = False,
+    duration: Duration = None,
+    rounds: Rounds = 5,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+    md_file: MdFile = None,
+    plot_file: PlotFile = None,
+    compare: CompareFile = None,
+) -> None:
+    """How fast drives give whole records, by size, depth and reader: about two minutes.
+
+    A directory with a store is read only; elsewhere a test file is made and removed.
+    """
+    directories = store_directories(None, nvme_dir)
+    from tierrun.bench.ending import ended_by_signals
+    from tierrun.bench.io_plan import Plan
+    from tierrun.bench.io_run import Request, run_io
+    from tierrun.bench.outputs import Outputs
+    from tierrun.bench.report import open_console
+    from tierrun.io.extent import parse_bytes
+
+    plan = Plan.of(sizes, depths, readers, pattern, full, rounds, duration)
+    file_bytes = None if size is None else parse_bytes(size)
+    outputs = Outputs(json_file, csv_file, md_file, plot_file, compare)
+    old = outputs.check()
+    with ended_by_signals():
+        results, sheets = run_io(Request(tuple(directories), plan, file_bytes, device, vs_fio))
+    outputs.deliver(results, sheets, open_console(), old)
+
+
+@bench_app.command("compare")
+def bench_compare(
+    old: Annotated[Path, typer.Argument(metavar="OLD.json", help="From a bench's --json.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW.json", help="The same, later.")],
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="Which to compare. Default: the first.")
+    ] = None,
+) -> None:
+    """Show what changed between two results by more than the spread of their rounds."""
+    from tierrun.bench.compare import compare
+    from tierrun.bench.documents import read_document
+    from tierrun.bench.outputs import show_comparison
+    from tierrun.bench.report import open_console
+
+    comparison = compare(read_document(old), read_document(new), metric)
+    show_comparison(comparison, open_console())
