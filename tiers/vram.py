@@ -393,7 +393,8 @@ class VramTier:
         """Start copies of those of `experts` that RAM has: a prompt is likely to want them next.
 
         As many, the first ones, as pass through slots that hold nothing proven, once the kernels
-        that were launched have ended. To be called between two streams.
+        that were launched have ended. To be called between two streams; before a lookup comes
+        `next_step`.
         """
         placement, record_class = self._placement, self._placement.class_of_layer[layer]
         room, found = self.slots.num_passing(record_class), list[Held]()

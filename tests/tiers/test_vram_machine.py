@@ -51,6 +51,7 @@ class VramMachine(RuleBasedStateMachine):
         self.failures: Counter[tuple[int, int]] = Counter()
         self.flips: dict[tuple[int, int], int] = {}
         self.lookups = 0
+        self.copied_ahead = False
         self.stale: list[Iterator[object]] = []
         self.resources = ExitStack()
 
@@ -110,6 +111,7 @@ class VramMachine(RuleBasedStateMachine):
 
         At most `copied` of what RAM has at a time go up, the others are computed there.
         """
+        self.begin_token()
         self.it.choose = lambda held: min(copied, len(held))
         experts = of_layer(layer, experts)
         if not experts:
@@ -164,6 +166,7 @@ class VramMachine(RuleBasedStateMachine):
     @rule(layer=layers, experts=some_experts, streamed=st.booleans())
     def leave_half_done(self, layer: int, experts: list[int], streamed: bool) -> None:
         """An exception keeps a generator alive longer than anyone wants."""
+        self.begin_token()
         experts = of_layer(layer, experts)
         self.it.letter(layer, experts)
         self.it.account()
@@ -196,6 +199,13 @@ class VramMachine(RuleBasedStateMachine):
     def copy_ahead(self, layer: int, experts: list[int]) -> None:
         self.it.vram.abandon()
         self.it.vram.copy_ahead(layer, of_layer(layer, experts))
+        self.copied_ahead = True
+
+    def begin_token(self) -> None:
+        """Before a lookup: a prompt that copied ahead is over."""
+        if self.copied_ahead:
+            self.it.vram.next_step()
+            self.copied_ahead = False
 
     @rule(nbytes=st.sampled_from([1, 6 * PAGE]))
     def shrink(self, nbytes: int) -> None:
