@@ -82,9 +82,25 @@ def test_a_copy_behind_a_barrier_does_not_overtake_the_kernels(kind: str) -> Non
     found: list[torch.Tensor] = []
     run(copies, found, slot)
     copies.computed()()
-    copies.to_device([(slot, sources[1])]).wait()
+    quarters = list(zip(slot.chunk(4), pinned_if(copies, sources[1]).chunk(4), strict=True))
+    copies.to_device(quarters).wait()
     copies.synchronize()
-    assert found[0].tolist() == [1, 1] and slot[-1] == 2
+    assert found[0].tolist() == [1, 1] and slot.min() == 2
+
+
+@kinds
+def test_a_batch_comes_after_the_batch_before_it(kind: str) -> None:
+    copies = make_copies(kind)
+    slot = there(copies, LARGE)
+    sources = [pinned_if(copies, bytes_of(value, LARGE)) for value in range(8)]
+    for source in sources:
+        copy = copies.to_device(list(zip(slot.chunk(3), source.chunk(3), strict=True)))
+    copies.ready()
+    found: list[torch.Tensor] = []
+    run(copies, found, slot)
+    copy.wait()
+    copies.synchronize()
+    assert found[0].tolist() == [7, 7]
 
 
 def run(copies: Copies, found: list[torch.Tensor], slot: torch.Tensor) -> None:
