@@ -3,8 +3,7 @@
 The model's thread enqueues; nothing here blocks it but `Copy.wait` and `synchronize`.
 
 Guarantees:
-- what `to_device` is given runs batch after batch, in the order in which they were enqueued; the
-  copies of one batch run in any order;
+- `to_device` runs one after another, in the order in which they were enqueued;
 - `to_host` starts after every `to_device` enqueued before it, so it reads what was written;
 - `to_host` and `aside` start after all that the compute stream has been given so far: what they
   overwrite, in RAM or in VRAM, is read no more;
@@ -32,10 +31,6 @@ Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 Barrier = Callable[[], None]
 """Called, holds back later copies to the device; see `Copies.computed`."""
-
-_UPLOADS = 2
-"""Streams of the copies to the device. Between two copies of a stream the bus rests 3-5 µs, which
-are a tenth of an expert's 33 µs; `bench/gpu_timeline` measures it."""
 
 # torch does not annotate these two.
 _Stream: Callable[..., torch.cuda.Stream] = torch.cuda.Stream
@@ -148,23 +143,21 @@ class _CudaCopy:
 
 
 class CudaCopies:
-    """Streams for each direction, as PCIe is full duplex, and one for what nobody waits for.
+    """One stream for each direction, as PCIe is full duplex, and one for what nobody waits for.
 
-    A batch to the device is dealt out over `uploads` streams: while one copy ends, another runs.
     Sources and targets in pageable memory are copied correctly too, but the host waits meanwhile.
     """
 
-    def __init__(self, device: torch.device, uploads: int = _UPLOADS) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._up, self._down, self._aside = (_Stream(device) for _ in range(3))
-        self._beside_up = [_Stream(device) for _ in range(uploads - 1)]
         self._enqueued, self._fence = _Event(), _Event()
         self._spare: list[_Pair] = []
         """Events that are in no copy: making one takes 15 µs on some machines."""
 
     def to_device(self, pairs: Pairs) -> Copy:
         """See `Copies`."""
-        return self._copy(self._up, pairs, UP, self._beside_up[: len(pairs) - 1])
+        return self._copy(self._up, pairs, UP)
 
     def to_host(self, pairs: Pairs) -> Copy:
         """See `Copies`."""
@@ -182,28 +175,14 @@ class CudaCopies:
         self._fence.record(earlier)
         later.wait_event(self._fence)
 
-    def _copy(
-        self,
-        stream: torch.cuda.Stream,
-        pairs: Pairs,
-        track: str,
-        beside: Sequence[torch.cuda.Stream] = (),
-    ) -> _CudaCopy:
-        """Begins and ends on `stream`; those `beside` take their parts of `pairs`."""
+    def _copy(self, stream: torch.cuda.Stream, pairs: Pairs, track: str) -> _CudaCopy:
         begun, ended = events = self._spare.pop() if self._spare else _new_pair()
         begun.record(stream)
-        for other in beside:
-            other.wait_event(begun)
-        streams = [stream, *beside]
         by_driver = copy_async()
-        for place, taken in enumerate(streams):
-            part = pairs[place :: len(streams)]
-            if by_driver is None:
-                _copy_by_torch(taken, part)
-            else:
-                _copy_by_driver(by_driver, taken.cuda_stream, part)
-        for other in beside:
-            self._let_wait(stream, other)
+        if by_driver is None:
+            _copy_by_torch(stream, pairs)
+        else:
+            _copy_by_driver(by_driver, stream.cuda_stream, pairs)
         ended.record(stream)
         recorded = records_device()
         if recorded:
