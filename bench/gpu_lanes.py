@@ -58,6 +58,20 @@ class Misses:
             chosen.copy_(torch.tensor([self._in_ram_only(layer, chosen.numel())]))
         self._graph = self._record()
 
+    @staticmethod
+    def bring(engine: Engine) -> None:
+        """Have RAM hold what it can of every layer: prompts of random weights ask deep layers for
+        few experts."""
+        backend: Any = engine.backend
+        for layer, described in enumerate(engine.store.manifest.layers):
+            for first in range(0, len(described.records), described.top_k):
+                few = range(first, min(first + described.top_k, len(described.records)))
+                lease = backend.residency.lease(layer, list(few))
+                for _ in lease.arrivals():
+                    pass
+                lease.release()
+        backend.vram.publish()
+
     def sample(self, mode: str, steps: int) -> Sample:
         """`steps` passes over all layers."""
         self._lanes.mode = mode
@@ -122,7 +136,8 @@ def measure(engine: Engine, device: str, rounds: int, steps: int, tokens: int) -
     """Every mode in turn, `rounds` times; spreads by mode."""
     vocabulary = engine.model.config.get_text_config().vocab_size
     stream = token_stream(PROMPT * 2 + rounds * tokens + 2, vocabulary)
-    engine.session().prefill(stream[:PROMPT])  # brings what RAM holds
+    engine.session().prefill(stream[:PROMPT])
+    Misses.bring(engine)
     misses = Misses(engine, device)
     samples: dict[str, list[Sample]] = {mode: [] for mode in LANES}
     speeds: dict[str, list[float]] = {mode: [] for mode in LANES}

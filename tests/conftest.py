@@ -13,6 +13,9 @@ from tests.fakes import TinyStore, tiny_store
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels run on the CPU
+    from tests.interpreter import patch_once
+
+    patch_once()
 
 settings.register_profile(
     "tierrun",

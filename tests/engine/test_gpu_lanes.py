@@ -11,6 +11,7 @@ from tests.engine.conftest import Model, convert
 from tests.engine.models import save_runnable
 from tests.engine.test_gpu_engine import load
 
+from tierrun.bench.gpu_lanes import Misses
 from tierrun.engine.experts import Interrupted
 from tierrun.engine.gpu import backend
 from tierrun.engine.options import Options
@@ -145,3 +146,12 @@ def test_a_forward_pass_broken_off_leaves_the_lane_idle(tiny: Model) -> None:
 def test_what_cannot_be_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Options(**options)  # type: ignore[arg-type]
+
+
+def test_the_bench_finds_every_expert_in_ram(tiny: Model) -> None:
+    with load(tiny, vram=str(tiny.smallest), lanes="auto", ubatch=2) as engine:
+        Misses.bring(engine)
+        homes = engine.backend.residency.placement.homes
+        assert len(homes) == len(engine.store.manifest.layers[0].records)
+        assert engine.backend.vram.addresses.all()
+        engine.check_integrity()
