@@ -1,0 +1,39 @@
+"""Which tier serves how many of the lookups."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tierrun.tools.plan.routing import Routing
+
+
+class Hits(NamedTuple):
+    """Shares of the lookups by the tier that serves them; they sum to one."""
+
+    hot: float
+    warm: float
+    cold: float
+
+
+class Tiers(NamedTuple):
+    """Bytes of experts that the hot and the warm tier keep."""
+
+    hot: int
+    warm: int
+
+
+def hits(tiers: Tiers, expert_bytes: int, routing: Routing) -> Hits:
+    """The hot tier has the best, the warm tier the next best."""
+    hot = min(1.0, tiers.hot / expert_bytes)
+    both = min(1.0, (tiers.hot + tiers.warm) / expert_bytes)
+    first, second = routing.served(hot), routing.served(both)
+    return Hits(first, second - first, 1.0 - second)
+
+
+def distinct(routing: Routing, lookups: float, tokens: int, kept: float = 0.0) -> float:
+    """The share of all experts that `tokens` tokens of `lookups` each choose, without the `kept`
+    best. Choices of different tokens are taken to be independent."""
+    shares = np.array(routing.popularity)
+    outside = np.clip(np.arange(1, len(shares) + 1) - kept * len(shares), 0.0, 1.0)
+    chosen = 1.0 - (1.0 - np.minimum(1.0, shares * lookups)) ** tokens
+    return float((outside * chosen).sum()) / len(shares)
