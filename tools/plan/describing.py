@@ -1,6 +1,6 @@
 """What was found out and predicted, as a document."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -15,6 +15,9 @@ from tierrun.tools.plan.recode import CODEC_NAMES, codecs_of
 from tierrun.tools.plan.scene import Scene
 from tierrun.tools.plan.subject import Subject
 from tierrun.tools.plan.times import LABELS, Times
+
+_SOME = 1e-4
+"""Share of the lookups from which on the drive is spoken of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ def describe(found: Found, recoded: Mapping[str, Scene]) -> document.Plan:
         for name, other in recoded.items()
         if name != codec and (is_plain or other.shape.expert_bytes < shape.expert_bytes)
     }
+    among = _range(found)
     return document.Plan(
         tierrun=tierrun.__version__,
         model=document.Model(
@@ -67,8 +71,9 @@ def describe(found: Found, recoded: Mapping[str, Scene]) -> document.Plan:
         routing=scene.routing.name,
         routing_source=scene.routing.source,
         rates=_rates(scene.rates, found.sources),
-        decode=_speed(scene.decode, 1, _range(found)),
+        decode=_speed(scene.decode, 1, among),
         prefill=_speed(scene.prefill, scene.chunk),
+        notes=tuple(_notes(scene, among)),
         advice=tuple(
             document.Advice(
                 change=change.change,
@@ -133,8 +138,21 @@ def _range(found: Found) -> document.Range | None:
     return document.Range(
         least=others[least],
         most=others[most],
-        reason=f"how it routes is not known: {least} to {most}",
+        reason=f"how it routes is not known ({least} to {most})",
     )
+
+
+def _notes(scene: Scene, among: document.Range | None) -> Iterator[str]:
+    if among is not None:
+        yield (
+            f"decode: {among.least:.1f} to {among.most:.1f} tok/s, since {among.reason}; running "
+            "the store records it, --routing asks for one"
+        )
+    if scene.rates.has_gpu and scene.hits.cold > _SOME:
+        yield (
+            "decode reads from the drive: what the host does for such a miss is not counted on a "
+            "GPU, so this is the best case (measured: 0.6 of it; docs/plan.md)"
+        )
 
 
 def _speed(times: Times, tokens: int, among: document.Range | None = None) -> document.Speed:

@@ -96,6 +96,7 @@ class Plan(_Part):
     rates: tuple[Rate, ...]
     decode: Speed
     prefill: Speed
+    notes: tuple[str, ...] = Field(description="How far these numbers can be trusted.")
     advice: tuple[Advice, ...] = Field(description="What helps, the best buy first; may be empty.")
 
 

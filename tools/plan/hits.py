@@ -6,6 +6,8 @@ import numpy as np
 
 from tierrun.tools.plan.routing import Routing
 
+_ROUNDS = 20
+
 
 class Hits(NamedTuple):
     """Shares of the lookups by the tier that serves them; they sum to one."""
@@ -22,12 +24,16 @@ class Tiers(NamedTuple):
     warm: int
 
 
-def hits(tiers: Tiers, expert_bytes: int, routing: Routing) -> Hits:
-    """The hot tier has the best, the warm tier the next best."""
-    hot = min(1.0, tiers.hot / expert_bytes)
-    both = min(1.0, (tiers.hot + tiers.warm) / expert_bytes)
-    first, second = routing.served(hot), routing.served(both)
-    return Hits(first, second - first, 1.0 - second)
+def hits(tiers: Tiers, expert_bytes: int, routing: Routing, layer_bytes: float = 0.0) -> Hits:
+    """The hot tier has the best, the warm tier the next best. `layer_bytes` are what a token uses
+    of a layer: as much of it as is missing passes through slots, which keep nothing meanwhile."""
+    hot, cold = min(1.0, tiers.hot / expert_bytes), 0.0
+    for _ in range(_ROUNDS):  # what is missing takes room, and what lacks room is missing
+        kept = tiers.hot + tiers.warm - cold * layer_bytes
+        both = max(0.0, min(1.0, kept / expert_bytes))
+        cold = 1.0 - routing.served(both)
+    first = routing.served(min(hot, both))
+    return Hits(first, 1.0 - cold - first, cold)
 
 
 def distinct(routing: Routing, lookups: float, tokens: int, kept: float = 0.0) -> float:

@@ -1,6 +1,6 @@
 """From a request to a plan: find the model, know the machine, predict, advise."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -65,7 +65,8 @@ def make_plan(request: Request, *, tiers: Tiers | None = None) -> Made:
     scene = Scene(shape, tiers, route, known.rates, request.context)
     is_told = request.routing is not None or route.name == "recorded"
     found = Found(subject, manifest, scene, cache, known.sources, reasons, is_told)
-    recoded = _recoded(scene, subject.manifest, looked_up, kv, known, machine)
+    codecs = dict.fromkeys((codecs_of(subject.manifest), codecs_of(manifest), *CODECS))
+    recoded = _recoded(codecs, scene, subject.manifest, looked_up, kv, known, machine)
     return Made(describe(found, recoded), scene)
 
 
@@ -109,6 +110,7 @@ def _vram(request: Request, known: Known, shape: Shape) -> Budget:
 
 
 def _recoded(
+    codecs: Iterable[str],
     scene: Scene,
     manifest: Manifest,
     looked_up: Collection[str],
@@ -116,9 +118,9 @@ def _recoded(
     known: Known,
     machine: Machine,
 ) -> dict[str, Scene]:
-    """The scene with the store in its own codec, and in each of `CODECS`."""
+    """The scene with the store in each of `codecs`; `manifest` is in the source's own."""
     scenes = {}
-    for codec in dict.fromkeys((codecs_of(manifest), *CODECS)):
+    for codec in codecs:
         other = manifest if codec == codecs_of(manifest) else recode(manifest, codec)
         rates = scene.rates
         if known.sources.get("cpu") == MEASURED:

@@ -17,7 +17,7 @@ def render(plan: Plan) -> RenderableType:
         _codecs(plan),
         _tiers(plan),
         _speeds(plan),
-        _uncertain(plan),
+        Text("\n".join(plan.notes)),
         _machine(plan),
         _advice(plan),
     )
@@ -84,16 +84,6 @@ def _shares(speed: Speed) -> str:
     parts = sorted(speed.seconds.items(), key=lambda item: -item[1])
     return ", ".join(
         f"{LABELS[name]} {1000 * s:.1f} ms ({_percent(s / total)})" for name, s in parts
-    )
-
-
-def _uncertain(plan: Plan) -> RenderableType:
-    among = plan.decode.among
-    if among is None:
-        return Text()
-    return Text(
-        f"decode: {among.least:.1f} to {among.most:.1f} tok/s, {among.reason}; "
-        "running the store records it, --routing asks for one"
     )
 
 

@@ -23,7 +23,8 @@ class Scene:
 
     @property
     def hits(self) -> Hits:
-        return hits(self.tiers, self.shape.expert_bytes, self.routing)
+        layer_bytes = self.shape.token_bytes / len(self.shape.layers)
+        return hits(self.tiers, self.shape.expert_bytes, self.routing, layer_bytes)
 
     @property
     def decode(self) -> Times:

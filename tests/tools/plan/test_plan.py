@@ -64,7 +64,7 @@ def test_hit_rates_and_codecs(checkpoint: Path) -> None:
     plan = made(checkpoint, ram="40KiB", codec="q4_0")
     assert sum(tier.hit_rate for tier in plan.tiers) == pytest.approx(1)
     sizes = {row.codec: row.expert_bytes for row in plan.codecs}
-    assert list(sizes) == ["bf16", "q8_0", "q4_0", "mxfp4"]
+    assert list(sizes) == ["bf16", "q4_0", "q8_0", "mxfp4"]
     assert plan.model.codec == "q4_0"
     assert plan.model.expert_bytes == sizes["q4_0"] < sizes["bf16"]
 
@@ -75,6 +75,9 @@ def test_another_machine_with_a_gpu(checkpoint: Path) -> None:
     assert plan.device == "gpu"
     assert plan.tiers[0].hit_rate > 0
     assert {"overhead", "vram"} <= plan.decode.seconds.keys()
+    assert not any("drive" in note for note in plan.notes)
+    small = made(checkpoint, assume=assume, device="auto", vram="40KiB", ram="40KiB")
+    assert any("best case" in note for note in small.notes)
     with pytest.raises(UsageError, match="--vram auto: the assumed GPU's size"):
         make_plan(request(checkpoint, assume=assume, device="auto"))
     with pytest.raises(UsageError, match="--ram 0"):

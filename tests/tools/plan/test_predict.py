@@ -18,6 +18,7 @@ from tierrun.tools.plan.shape import Experts, Shape
 SHAPE = Shape(
     (Experts(64, 8, 2 << 20, 4_000_000),) * 12, 1 << 30, 1 << 29, 10**9, 1000, 0, True, False
 )
+LAYER_BYTES = 8 * (2 << 20)
 CPU = Rates(3e9, 1e-4, 1e-3, memory=20e9, cpu=5e9, cpu_resident=10e9, cpu_flops=80e9)
 GPU = Rates(3e9, 1e-4, 1e-4, pcie=25e9, in_place=16e9, vram=1e12, gpu_flops=100e12)
 ROUTINGS = [routing.seed(64, 8), routing.local(64), routing.uniform(64)]
@@ -29,16 +30,25 @@ FASTER = [field.name for field in fields(Rates)]
 
 
 def seconds(tiers: Tiers, rates: Rates, route: routing.Routing) -> tuple[float, float]:
-    found = hits(tiers, SHAPE.expert_bytes, route)
+    found = hits(tiers, SHAPE.expert_bytes, route, LAYER_BYTES)
     prompt = prefill_times(SHAPE, tiers, route, rates, 512)
     return decode_times(SHAPE, found, rates, 1024).total, prompt.total
 
 
 @given(budgets, routings)
 def test_hit_rates_are_shares_of_one(tiers: Tiers, route: routing.Routing) -> None:
-    found = hits(tiers, SHAPE.expert_bytes, route)
+    found = hits(tiers, SHAPE.expert_bytes, route, LAYER_BYTES)
     assert sum(found) == pytest.approx(1)
     assert min(found) >= -1e-9
+
+
+def test_what_passes_through_keeps_nothing() -> None:
+    flat, experts = routing.uniform(64), 64 * 12 * (2 << 20)
+    tiers = Tiers(0, experts // 2)
+    assert hits(tiers, experts, flat).cold == pytest.approx(0.5)
+    found = hits(tiers, experts, flat, LAYER_BYTES)
+    assert found.cold == pytest.approx(0.5 + found.cold * LAYER_BYTES / experts)
+    assert hits(Tiers(0, experts), experts, flat, LAYER_BYTES).cold == 0
 
 
 @given(machines, routings, budgets, st.sampled_from(FASTER), st.floats(1, 100))
