@@ -336,7 +336,15 @@ def plan_command(
             show_default=False,
         ),
     ] = None,
-    nvme_dir: NvmeDir = None,
+    nvme_dir: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--nvme-dir",
+            help="Directory of the store, or of the drive that it will be on, which is measured; "
+            "repeat it for several. [env var: TIERRUN_NVME_DIR]",
+            show_default=False,
+        ),
+    ] = None,
     vram: Annotated[
         str,
         typer.Option("--vram", envvar="TIERRUN_VRAM", help="Hot tier: auto, 0, 8GiB, 50%."),

@@ -22,17 +22,20 @@ import torch
 from tierrun.engine.codecs.weight import matrix_view
 from tierrun.engine.kernels.cpu import CpuKernels
 from tierrun.engine.options import Options
+from tierrun.io.extent import PAGE
 from tierrun.io.profiles import cache_directory
 from tierrun.io.store import RecordClass
+from tierrun.tiers.budget import host_memory
 from tierrun.tiers.memory import OrdinaryMemory
 from tierrun.tools.plan.overhead import layer_overhead
 
 log = logging.getLogger(__name__)
 
 _DISTINCT_BYTES = 256 << 20
-"""Of records to compute with in turn: more than caches hold."""
+"""Of memory to read in turn, beside what the last cache holds."""
 
-_MEMORY_BYTES = 256 << 20
+_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+_DEVICE_BYTES = 1 << 30
 _SIDE = 1024
 _SECONDS, _LEAST_RUNS = 0.5, 3
 
@@ -104,8 +107,8 @@ def _threads() -> Iterator[None]:
 
 @_threads()
 def _measure_host() -> tuple[float, ...]:
-    data = torch.zeros(_MEMORY_BYTES // 4, dtype=torch.int32)
-    memory = _MEMORY_BYTES / _typically(lambda: data.sum(dtype=torch.int32))
+    data = OrdinaryMemory().allocate(_distinct_bytes()).fill_(1).view(torch.int32)
+    memory = data.nbytes / _typically(lambda: data.sum(dtype=torch.int32))
     x = torch.ones(_SIDE, _SIDE)
     return memory, 2 * _SIDE**3 / _typically(lambda: torch.mm(x, x))
 
@@ -113,7 +116,7 @@ def _measure_host() -> tuple[float, ...]:
 @_threads()
 def _kernel_bandwidth(record: RecordClass) -> float:
     """Bytes per second of one token through records in turn."""
-    count = max(1, _DISTINCT_BYTES // record.nbytes)
+    count = max(1, _distinct_bytes() // record.nbytes)
     kernels, matrices = CpuKernels(), [m for m in record.matrices if len(m.shape) == 2]
     memory = OrdinaryMemory().allocate(count * record.nbytes).fill_(_SANE_BYTE)
     records = (memory[i * record.nbytes : (i + 1) * record.nbytes] for i in range(count))
@@ -127,10 +130,19 @@ def _kernel_bandwidth(record: RecordClass) -> float:
     return sum(m.extent.nbytes for m in matrices) / _typically(compute)
 
 
+def _distinct_bytes() -> int:
+    """More than caches hold (a virtual machine sees its host's), but not much of what is free."""
+    try:
+        cache = int(_CACHE.read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        cache = 0
+    return min(_DISTINCT_BYTES + cache, host_memory().free // 4 // PAGE * PAGE)
+
+
 def _measure_device(device: torch.device) -> tuple[float, ...]:
     from tierrun.engine.gpu.rates import product_flops, upload_bandwidth
 
-    data = torch.zeros(_MEMORY_BYTES, dtype=torch.int32, device=device)
+    data = torch.zeros(_DEVICE_BYTES // 4, dtype=torch.int32, device=device)
 
     def read() -> None:
         data.sum(dtype=torch.int32)

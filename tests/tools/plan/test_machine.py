@@ -22,7 +22,12 @@ from tierrun.tools.plan.request import Request
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where rates are kept; measuring takes next to no time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name, value in (("_SECONDS", 0.0), ("_DISTINCT_BYTES", 1 << 20), ("_SIDE", 64)):
+    for name, value in (
+        ("_SECONDS", 0.0),
+        ("_DISTINCT_BYTES", 1 << 20),
+        ("_SIDE", 64),
+        ("_CACHE", tmp_path),
+    ):
         monkeypatch.setattr(machine, name, value)
     monkeypatch.setattr(drive, "_SECONDS", 0.01)
     return tmp_path / "cache" / "tierrun" / "rates.json"
