@@ -3,10 +3,12 @@
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from tierrun.engine.devices import choose_device
+from tierrun.io.errors import UsageError
 from tierrun.io.store import Manifest, RecordClass
 from tierrun.tools.plan import drive
 from tierrun.tools.plan.machine import Machine
@@ -30,12 +32,23 @@ MEASURED = "measured"
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """The machine's rates and whence each is known; `device` is None where a GPU is assumed."""
+class Target:
+    """What computes: `device` is None where a GPU that is not here is assumed; `given` are the
+    rates of `--assume`."""
+
+    device: torch.device | None
+    given: dict[str, float]
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device is None or self.device.type == "cuda"
+
+
+class Known(NamedTuple):
+    """The machine's rates and whence each is known."""
 
     rates: Rates
     sources: dict[str, str]
-    device: torch.device | None
 
 
 class _Learnt:
@@ -50,7 +63,22 @@ class _Learnt:
             self.numbers[name], self.sources[name] = find(), source
 
 
+def target_of(request: Request) -> Target:
+    """The device that `request` is for.
+
+    Raises:
+        UsageError: `--assume` that is not understood, or not for this device; no such device.
+    """
+    given = parse_assumed(request.assume)
+    if "vram" in given:
+        if request.device == "cpu":
+            raise UsageError("--assume vram=… is for a GPU, and --device cpu is not one")
+        return Target(None, given)
+    return Target(choose_device(request.device).device, given)
+
+
 def know(
+    target: Target,
     request: Request,
     subject: Subject,
     manifest: Manifest,
@@ -60,20 +88,17 @@ def know(
     """The rates for a model laid out as `manifest`; only what its device needs is measured.
 
     Raises:
-        UsageError: `--assume` or `--nvme-dir` that cannot be used.
+        UsageError: a `--nvme-dir` that cannot be measured.
     """
-    learnt = _Learnt(parse_assumed(request.assume))
-    device = None
-    if "vram" not in learnt.numbers or request.device == "cpu":
-        device = choose_device(request.device).device
+    learnt = _Learnt(target.given)
     _learn_drive(learnt, request, subject, manifest)
-    if device is None:
+    if target.device is None:
         _learn_assumed_gpu(learnt)
-    elif device.type == "cuda":
-        _learn_gpu(learnt, device, machine)
+    elif target.is_gpu:
+        _learn_gpu(learnt, target.device, machine)
     else:
         _learn_host(learnt, manifest, looked_up, machine)
-    return Known(Rates(**learnt.numbers), learnt.sources, device)
+    return Known(Rates(**learnt.numbers), learnt.sources)
 
 
 def _learn_drive(learnt: _Learnt, request: Request, subject: Subject, manifest: Manifest) -> None:

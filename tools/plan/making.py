@@ -20,7 +20,7 @@ from tierrun.tiers.budget import (
 from tierrun.tools.plan import document, routing
 from tierrun.tools.plan.describing import Found, describe
 from tierrun.tools.plan.hits import Tiers
-from tierrun.tools.plan.knowing import MEASURED, Known, know, typical
+from tierrun.tools.plan.knowing import MEASURED, Known, Target, know, target_of, typical
 from tierrun.tools.plan.kv import cache_of
 from tierrun.tools.plan.machine import Machine
 from tierrun.tools.plan.recode import codecs_of, recode
@@ -47,21 +47,21 @@ def make_plan(request: Request, *, tiers: Tiers | None = None) -> Made:
         UsageError: an option out of range; BudgetError says the smallest budget that works.
         CheckpointError, ModelError, StoreError: nothing that can be planned for.
     """
-    machine = Machine(fresh=request.measure)
+    target, machine = target_of(request), Machine(fresh=request.measure)
     subject = find(request.source, request.directories)
     manifest = subject.manifest
     if request.codec is not None and request.codec != codecs_of(manifest):
         manifest = recode(manifest, request.codec)
     cache, looked_up = cache_of(subject.config), subject.looked_up()
-    known = know(request, subject, manifest, looked_up, machine)
-    bytes_of_number = 2 if known.rates.has_gpu else 4
+    bytes_of_number = 2 if target.is_gpu else 4
     kv = (cache.per_token * bytes_of_number, cache.fixed * bytes_of_number)
     shape = shape_of(manifest, looked_up, *kv)
     first = shape.layers[0]
     route = routing.choose(request.routing, subject.usage, first.count, first.top_k)
     reasons = ("the last run's", "the last run's")
     if tiers is None:
-        tiers, reasons = _budgets(request, known, manifest, shape)
+        tiers, reasons = _budgets(request, target, manifest, shape)
+    known = know(target, request, subject, manifest, looked_up, machine)
     scene = Scene(shape, tiers, route, known.rates, request.context)
     is_told = request.routing is not None or route.name == "recorded"
     found = Found(subject, manifest, scene, cache, known.sources, reasons, is_told)
@@ -74,34 +74,34 @@ def make_plan(request: Request, *, tiers: Tiers | None = None) -> Made:
 
 
 def _budgets(
-    request: Request, known: Known, manifest: Manifest, shape: Shape
+    request: Request, target: Target, manifest: Manifest, shape: Shape
 ) -> tuple[Tiers, tuple[str, str]]:
     """What the tiers keep, cut into slots as the engine cuts them, and why so much."""
-    vram = _vram(request, known, shape)
-    beside = 0 if known.rates.has_gpu else shape.resident_bytes + vram.nbytes
+    vram = _vram(request, target, shape)
+    beside = 0 if target.is_gpu else shape.resident_bytes + vram.nbytes
     ram = resolve_ram(request.ram, beside)
-    if known.rates.has_gpu and ram.nbytes == 0:
+    if target.is_gpu and ram.nbytes == 0:
         raise UsageError(
             "--ram 0: on a GPU reads land in RAM; give it at least one layer's experts"
         )
-    hot_lands = not known.rates.has_gpu and ram.nbytes == 0
+    hot_lands = not target.is_gpu and ram.nbytes == 0
     hot = plan_tier(vram.nbytes, manifest, landing=hot_lands).nbytes
     warm = plan_tier(ram.nbytes, manifest, landing=not hot_lands).nbytes
     return Tiers(hot, warm), (vram.reason, ram.reason)
 
 
-def _vram(request: Request, known: Known, shape: Shape) -> Budget:
-    if known.device is None:
+def _vram(request: Request, target: Target, shape: Shape) -> Budget:
+    if target.device is None:
         if request.vram == "auto" or request.vram.endswith("%"):
             raise UsageError(
                 f"--vram {request.vram}: the assumed GPU's size is not known; say what is left for "
                 "experts, like --vram 16GiB"
             )
         return resolve_vram(request.vram, "gpu")
-    if known.device.type == "cpu":
+    if target.device.type == "cpu":
         return resolve_vram(request.vram, "cpu")
-    free, total = torch.cuda.mem_get_info(known.device)
-    figures = DeviceFigures(total, free, torch.cuda.get_device_name(known.device))
+    free, total = torch.cuda.mem_get_info(target.device)
+    figures = DeviceFigures(total, free, torch.cuda.get_device_name(target.device))
     kv = int(shape.kv_bytes(request.context))
     return resolve_device_vram(request.vram, figures, DeviceNeeds(shape.resident_bytes, kv))
 

@@ -80,6 +80,8 @@ def test_another_machine_with_a_gpu(checkpoint: Path) -> None:
     assert any("best case" in note for note in small.notes)
     with pytest.raises(UsageError, match="--vram auto: the assumed GPU's size"):
         make_plan(request(checkpoint, assume=assume, device="auto"))
+    with pytest.raises(UsageError, match="--device cpu is not one"):
+        make_plan(request(checkpoint, assume=assume, device="cpu"))
     with pytest.raises(UsageError, match="--ram 0"):
         make_plan(request(checkpoint, assume=assume, device="auto", vram="1MiB", ram="0"))
 
