@@ -81,13 +81,18 @@ def recall(store: Store) -> LastRun:
     Raises:
         UsageError: there is none, or its record cannot be used.
     """
+    from pydantic import TypeAdapter  # is not needed to run a model
+
     path, advice = _path(store), "run it once: tierrun run … -n 64"
     try:
-        run = LastRun(**json.loads(path.read_text()))
+        run = TypeAdapter(LastRun).validate_json(path.read_text())
     except FileNotFoundError:
         raise UsageError(f"--check: {store.roots[0]} has no record of a run; {advice}") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"--check: {path} cannot be used ({error}); {advice}") from None
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise UsageError(f"--check: {path} cannot be used ({why}); {advice}") from None
+    if run.tokens < _LEAST_TOKENS or run.seconds <= 0:
+        raise UsageError(f"--check: {path} is of a run that says nothing; {advice}")
     if run.fingerprint != store.manifest.fingerprint:
         raise UsageError(f"--check: {path} is of another model; {advice}")
     return run

@@ -12,11 +12,12 @@ from tests.checkpoints import tiny_checkpoint
 
 from tierrun.engine.engine import load
 from tierrun.io.errors import BudgetError, CheckpointError, ModelError, UsageError
+from tierrun.io.store import Store
 from tierrun.tools.cli import main
 from tierrun.tools.convert import convert
 from tierrun.tools.generate import Request as Generate
 from tierrun.tools.generate import complete
-from tierrun.tools.lastrun import recall
+from tierrun.tools.lastrun import LastRun, recall
 from tierrun.tools.plan.checking import check_last_run
 from tierrun.tools.plan.document import Check, Plan
 from tierrun.tools.plan.making import make_plan
@@ -167,10 +168,23 @@ def test_only_a_store_can_be_checked(checkpoint: Path) -> None:
         check_last_run(request(checkpoint))
 
 
-def test_a_damaged_record_is_said(store: Path) -> None:
-    (store / "usage.run.json").write_text("{}")
-    with pytest.raises(UsageError, match="cannot be used"):
-        check_last_run(request(store))
+def test_a_damaged_record_is_one_line(store: Path) -> None:
+    opened, path = Store.open([store]), store / "usage.run.json"
+    fields = {name: 1 for name in LastRun.__dataclass_fields__}
+    good = fields | dict(fingerprint=opened.manifest.fingerprint, when="now", device="cpu")
+    for text, words in (
+        ("{", "cannot be used"),
+        ("{}", "cannot be used"),
+        (json.dumps(good | {"seconds": "long"}), "cannot be used"),
+        (json.dumps(good), "says nothing"),
+        (json.dumps(good | {"tokens": 9, "fingerprint": "other"}), "of another model"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=words) as caught:
+            recall(opened)
+        assert "\n" not in str(caught.value)
+    path.write_text(json.dumps(good | {"tokens": 9}))
+    assert recall(opened).tokens == 9
 
 
 @pytest.fixture
