@@ -13,9 +13,12 @@ from tierrun.io.store import Store
 from tierrun.tools.convert import convert
 from tierrun.tools.plan import drive, machine
 from tierrun.tools.plan.drive import Sample
+from tierrun.tools.plan.knowing import GPU_OVERHEAD, IN_PLACE, Target, know
 from tierrun.tools.plan.machine import Machine
 from tierrun.tools.plan.making import make_plan
+from tierrun.tools.plan.rates import Rates
 from tierrun.tools.plan.request import Request
+from tierrun.tools.plan.subject import find
 
 
 @pytest.fixture(autouse=True)
@@ -131,3 +134,23 @@ def test_several_directories_of_a_store_count_together(store: Path, tmp_path: Pa
     paths = Store.open(both).shard_paths
     assert [paths[shard].parent for shard, _ in found] == both
     assert drive.of_store(Store.open(both)).bandwidth > 0
+
+
+def test_a_gpu_is_measured_and_nothing_of_the_cpu(
+    store: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(machine, "_measure_device", lambda device: (50e9, 3e12, 800e12))
+    asked = Request(str(store), assume="drive=3GB/s")
+    subject = find(asked.source)
+    target = Target(torch.device("cuda"), {"drive": 3e9})
+    known = know(target, asked, subject, subject.manifest, subject.looked_up(), Machine())
+    assert known.rates == Rates(
+        3e9, 100e-6, GPU_OVERHEAD, pcie=50e9, in_place=IN_PLACE * 50e9, vram=3e12, gpu_flops=800e12
+    )
+    assert {name for name, source in known.sources.items() if source == "measured"} == {
+        "pcie",
+        "vram",
+        "gpu_flops",
+    }
+    assert len(json.loads(cache.read_text())) == 1
