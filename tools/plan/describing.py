@@ -19,6 +19,8 @@ from tierrun.tools.plan.times import LABELS, Times
 _SOME = 1e-4
 """Share of the lookups from which on the drive is spoken of."""
 
+_ALIKE = 1.01
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -126,7 +128,7 @@ def _rates(rates: Rates, sources: Mapping[str, str]) -> tuple[document.Rate, ...
 
 
 def _range(found: Found) -> document.Range | None:
-    """The speeds of all default curves, where how the model routes is not known."""
+    """The speeds of all default curves, where how the model routes is not known, and matters."""
     if found.is_told:
         return None
     scene, first = found.scene, found.scene.shape.layers[0]
@@ -135,6 +137,8 @@ def _range(found: Found) -> document.Range | None:
         for name in routing.DEFAULTS
     }
     least, most = (pick(others, key=lambda name: others[name]) for pick in (min, max))
+    if others[most] < _ALIKE * others[least]:
+        return None  # what is chosen makes no difference: it is all in memory, or none of it
     return document.Range(
         least=others[least],
         most=others[most],

@@ -66,7 +66,7 @@ class Speed(_Part):
     """Seconds of a token (decode) or of a chunk (prefill), by the resource that takes them."""
 
     tokens_per_second: float
-    among: Range | None = Field(description="null: the routing was told or recorded.")
+    among: Range | None = Field(description="null: the routing is known, or makes no difference.")
     tokens: int = Field(description="Computed at once.")
     limit: str = Field(description="The resource that takes the most.")
     seconds: dict[str, float]

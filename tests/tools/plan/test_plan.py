@@ -142,6 +142,7 @@ def test_what_is_not_known_is_a_range(checkpoint: Path, store: Path) -> None:
     found = [speed.tokens_per_second for speed in speeds]
     assert (among.least, among.most) == (min(found), max(found))
     assert among.least < among.most
+    assert made(checkpoint).decode.among is None  # all in memory
 
 
 def test_a_run_is_compared_with_its_prediction(store: Path) -> None:
