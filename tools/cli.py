@@ -325,6 +325,97 @@ def doctor(
     raise typer.Exit(report.exit_code(strict=strict))
 
 
+@app.command("plan")
+def plan_command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL_OR_STORE]",
+            help="Store, checkpoint directory, config.json, .gguf file, or hub id (of which only "
+            "the configuration is fetched).",
+            show_default=False,
+        ),
+    ] = None,
+    nvme_dir: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--nvme-dir",
+            help="Directory of the store, or of the drive that it will be on, which is measured; "
+            "repeat it for several. [env var: TIERRUN_NVME_DIR]",
+            show_default=False,
+        ),
+    ] = None,
+    vram: Annotated[
+        str,
+        typer.Option("--vram", envvar="TIERRUN_VRAM", help="Hot tier: auto, 0, 8GiB, 50%."),
+    ] = _DEFAULT.vram,
+    ram: Annotated[
+        str, typer.Option("--ram", envvar="TIERRUN_RAM", help="Warm tier: auto, 0, 8GiB, 50%.")
+    ] = _DEFAULT.ram,
+    context: Annotated[
+        int, typer.Option("-c", "--context", "--ctx-size", help="Tokens before the one predicted.")
+    ] = 4096,
+    codec: Annotated[
+        str | None, typer.Option("--codec", help="Of the experts: q4_0, q8_0, mxfp4, bf16, q4_k, …")
+    ] = None,
+    routing: Annotated[
+        str | None,
+        typer.Option(
+            "--routing",
+            help="seed, local, uniform, recorded. Default: recorded where it is, else seed.",
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", envvar="TIERRUN_DEVICE", help="auto, cpu, cuda.")
+    ] = _DEFAULT.device,
+    assume: Annotated[
+        str | None,
+        typer.Option("--assume", help="Another machine: drive=7GB/s,pcie=25GB/s,vram=1TB/s,…"),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine again; else once a day.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare with the last run of a store.")
+    ] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of --json, plan nothing.")
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say whether a model will run here, how fast, and what would help; nothing is loaded."""
+    _set_up_logging(verbose)
+    from rich.console import Console
+
+    from tierrun.tools.plan import document
+
+    if schema:
+        kind = document.Check if check else document.Plan
+        typer.echo(json.dumps(kind.model_json_schema(), indent=2))
+        return
+    from tierrun.tools.plan.checking import check_last_run
+    from tierrun.tools.plan.making import make_plan
+    from tierrun.tools.plan.render import render, render_check
+    from tierrun.tools.plan.request import Request
+
+    directories = named_directories(None, nvme_dir)
+    source = model if model is not None else str(store_directories(None, nvme_dir)[0])
+    request = Request(
+        source, vram, ram, directories, context, codec, routing, device, assume, measure
+    )
+    if check:
+        compared = check_last_run(request)
+        said, text = compared.model_dump_json(indent=2), render_check(compared)
+    else:
+        plan = make_plan(request).plan
+        said, text = plan.model_dump_json(indent=2), render(plan)
+    if as_json:
+        typer.echo(said)
+    else:
+        Console().print(text)
+
+
 @app.command()
 def demo(
     nvme_dir: Annotated[

@@ -18,6 +18,7 @@ from tierrun.engine.session import Session
 from tierrun.engine.text import encode, encode_chat
 from tierrun.engine.tokens import TokenRecord
 from tierrun.io.errors import TierrunError
+from tierrun.tools.lastrun import remember
 from tierrun.tools.report import Answer
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def complete(
     """Continue `prompt` once, as it is made, and print what it cost."""
     ids = encode(engine.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     answer = answer_to(engine, ids, request, None if as_json else Console(), engine.session())
+    remember(engine, answer)
     if as_json:
         write_raw(Console(), json.dumps(answer.record(), indent=1) + "\n")
     return answer
