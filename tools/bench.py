@@ -114,6 +114,52 @@ def bench_io(
     outputs.deliver(results, sheets, open_console(), old)
 
 
+@bench_app.command("copies")
+def bench_copies(
+    nvme_dir: Annotated[
+        list[Path] | None,
+        typer.Option("--nvme-dir", help="A store: its records' sizes are measured, too."),
+    ] = None,
+    tests: Annotated[
+        str | None, typer.Option("--tests", help="memory_read,host_to_device_memcpy_ce. All.")
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option("--sizes", help="Of copies: 64KiB,1.8MB. Default: 64 KiB to 256 MiB."),
+    ] = None,
+    threads: Annotated[
+        str | None, typer.Option("--threads", help="That read memory: 1,4. Default: 1, 2, 4 … all.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Every size, half a second each.")] = False,
+    device: Annotated[
+        str, typer.Option("--device", envvar="TIERRUN_DEVICE", help="auto, cpu, cuda, cuda:N.")
+    ] = "auto",
+    duration: Duration = None,
+    rounds: Rounds = 5,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+    md_file: MdFile = None,
+    plot_file: PlotFile = None,
+    compare: CompareFile = None,
+) -> None:
+    """How fast bytes get from memory to memory: host, GPU and between, by size: about a minute.
+
+    Without a GPU only host memory is measured.
+    """
+    from tierrun.bench.copies_plan import Plan
+    from tierrun.bench.copies_run import Request, run_copies
+    from tierrun.bench.ending import ended_by_signals
+    from tierrun.bench.outputs import Outputs
+    from tierrun.bench.report import open_console
+
+    plan = Plan.of(tests, sizes, threads, full, rounds, duration)
+    outputs = Outputs(json_file, csv_file, md_file, plot_file, compare)
+    old = outputs.check()
+    with ended_by_signals():
+        results, sheets = run_copies(Request(plan, tuple(nvme_dir or ()), device))
+    outputs.deliver(results, sheets, open_console(), old)
+
+
 @bench_app.command("compare")
 def bench_compare(
     old: Annotated[Path, typer.Argument(metavar="OLD.json", help="From a bench's --json.")],
