@@ -13,7 +13,7 @@ from tierrun.io.extent import format_bytes
 
 LEFT = (
     *("reader", "pattern", "directory", "to", "verdict"),
-    *("test", "weights", "codec", "device", "kernel"),
+    *("test", "layer", "codec", "device", "kernel"),
 )
 """Columns of words; all others are numbers, which stand to the right."""
 
