@@ -40,16 +40,19 @@ class Yardstick(NamedTuple):
 
 
 class Bench:
-    """`memory` of one device (uint8), full of the weights of one case after another."""
+    """`memory` of one device (uint8), full of the weights of one case after another.
 
-    def __init__(self, memory: torch.Tensor) -> None:
-        self._memory, self._device = memory, memory.device
+    `gpu` says whose kernels are measured; the GPU's run interpreted in host memory.
+    """
+
+    def __init__(self, memory: torch.Tensor, *, gpu: bool) -> None:
+        self._memory, self._device, self._gpu = memory, memory.device, gpu
         self._filled: tuple[Layer, str] | None = None
 
     def yardstick(self, threads: int | None, seconds: float) -> Yardstick:
         """Measured now; the weights are gone."""
         self._filled = None
-        if self._device.type == "cuda":
+        if self._gpu:
             return Yardstick(self._gpu_memory(seconds), self._gpu_product(seconds))
         with torch_threads(threads or 1):
             read = len(self._memory) * rate(reading(self._memory, threads or 1), seconds)
@@ -88,7 +91,7 @@ class Bench:
             self._record = make_record(case.layer, case.codec)
             self._records = fill(self._memory, self._record)
             self._filled = case.layer, case.codec
-        if self._device.type == "cuda":
+        if self._gpu:
             calls, count = gpu_calls(self._record, self._records, case.tokens)
             return calls, rate(gpu_work(calls, count, self._device), seconds)
         with torch_threads(case.threads or 1):
@@ -128,14 +131,14 @@ def open_bench(device: str, nbytes: int) -> Iterator[Bench]:
     if device == "cpu":
         memory = OrdinaryMemory().allocate(nbytes)
         spread_out(memory)
-        yield Bench(memory)
+        yield Bench(memory, gpu=False)
         return
     with torch.cuda.device(device):
         try:
             memory = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         except torch.OutOfMemoryError:
             raise DeviceError(f"{device} has no {nbytes >> 20} MiB free for weights") from None
-        yield Bench(memory)
+        yield Bench(memory, gpu=True)
     torch.cuda.empty_cache()
 
 

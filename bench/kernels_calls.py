@@ -28,7 +28,7 @@ class Routed:
     def __init__(self, record: Record, records: torch.Tensor, tokens: int) -> None:
         layer = record.layer
         random = torch.Generator().manual_seed(0)
-        self.x = torch.randn(tokens, layer.hidden, generator=random) / 32
+        self.x = torch.randn(tokens, layer.hidden, generator=random)
         self.top_k = choose(layer, tokens)
         self.experts, which = torch.unique(self.top_k, return_inverse=True)
         self.which = which.flatten()

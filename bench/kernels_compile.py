@@ -17,13 +17,14 @@ _MOST_PROCESSES = 16
 def compile_all(cases: Sequence[Case]) -> dict[Case, str]:
     """Compile what `cases` need; of those that fail, why, in one line."""
     processes = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) - 1, len(cases))
-    if processes < 2:
-        reasons = map(compile_one, cases)
-        return {case: why for case, why in zip(cases, reasons, strict=True) if why is not None}
+    reasons = list(map(compile_one, cases) if processes < 2 else _by_processes(cases, processes))
+    return {case: why for case, why in zip(cases, reasons, strict=True) if why is not None}
+
+
+def _by_processes(cases: Sequence[Case], processes: int) -> list[str | None]:
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         try:
-            reasons = pool.map(compile_one, cases)
-            return {case: why for case, why in zip(cases, reasons, strict=True) if why is not None}
+            return list(pool.map(compile_one, cases))
         except BaseException:  # told to end, for example
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -39,5 +40,6 @@ def compile_one(case: Case) -> str | None:
             calls(0)
             torch.cuda.synchronize()
     except Exception as error:  # of Triton's, LLVM's or the device's: any
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        first = (str(error).strip() or "no reason given").splitlines()[0]
+        return f"{type(error).__name__}: {first}"
     return None

@@ -138,6 +138,7 @@ def _recorded(call: Callable[[int], object], count: int, device: torch.device) -
                 graph.replay()
             ended.record(stream)
         ended.synchronize()
-        return begun.elapsed_time(ended) / 1000
+        milliseconds: float = begun.elapsed_time(ended)
+        return milliseconds / 1000
 
     return replay

@@ -29,7 +29,8 @@ ALL_CODECS = (
 USUAL_CODECS = ("bf16", "q8_0", "fp8_g128_f32", "q6_k", "q4_k", "mxfp4", "nvfp4")
 
 ALL_TOKENS = (1, 2, 4, 8, 64, 512, 2048)
-USUAL_TOKENS = {"cpu": (1, 4, 64), "cuda": (1, 8, 512, 2048)}
+USUAL_TOKENS = {"cpu": (1, 4), "cuda": (1, 8, 512, 2048)}
+"""On a CPU a call with many tokens takes seconds: only when asked for."""
 MOST_TOKENS = 1 << 15
 
 USUAL_LAYERS = (LAYERS["qwen3.6-35b-a3b"],)
