@@ -25,7 +25,7 @@ from tierrun.bench.copies_plan import (
 )
 from tierrun.bench.io_sources import stored_sources
 from tierrun.bench.report import Spread, has_gpu_driver
-from tierrun.bench.running import gpu_asked_for, status
+from tierrun.bench.running import gpu_asked_for, gpu_errors, status
 from tierrun.bench.sheets import Sheet, in_words, sheet_of, show
 from tierrun.bench.timed import in_turns, rate
 from tierrun.io.errors import StoreError, UsageError
@@ -103,7 +103,7 @@ def _measure(
     rounds: int,
     seconds: float,
 ) -> tuple[Cell, ...]:
-    with status() as say, open_bench(needs, device) as bench:
+    with gpu_errors(), status() as say, open_bench(needs, device) as bench:
 
         def measured(case: Case) -> float:
             work, nbytes = bench.work(case)

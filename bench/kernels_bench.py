@@ -23,7 +23,7 @@ METRICS = (
     Metric("bandwidth", "GB/s", 1e-9, 1, True),
     Metric("of_memory", "% of memory", 100, 0, True),
     Metric("weights", "G weights/s", 1e-9, 1, True),
-    Metric("flops", "TFLOP/s", 1e-12, 2, True),
+    Metric("flops", "TFLOP/s", 1e-12, 3, True),
     Metric("of_product", "% of product", 100, 0, True),
     Metric("seconds", "µs", 1e6, 0, False),
 )

@@ -3,6 +3,7 @@
 All cells of a device are measured once per round, in one order, round after round.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from tierrun.bench.cells import Cell, Results
 from tierrun.bench.kernels_bench import METRICS, Found, measure_all, open_bench
 from tierrun.bench.kernels_plan import COMPILED, EXPAND, MATMUL, MATVEC, Case, Plan, largest_record
 from tierrun.bench.report import has_gpu_driver, spread
-from tierrun.bench.running import gpu_asked_for, status
+from tierrun.bench.running import gpu_asked_for, gpu_errors, status
 from tierrun.bench.sheets import Sheet, in_words, sheet_of
 from tierrun.io.errors import UsageError
 from tierrun.io.extent import format_bytes
@@ -48,18 +49,18 @@ def run_kernels(request: Request) -> tuple[Results, list[Sheet]]:
     plan, gpu = request.plan, gpu_asked_for(request.device)
     devices = (() if request.device.startswith("cuda") else ("cpu",)) + (("cuda",) if gpu else ())
     names = {"cpu": "cpu", "cuda": str(gpu)}
-    cases, cells, notes = plan.cases(devices), list[Cell](), list[str]()
-    seconds, yardsticks = plan.seconds_of(len(cases)), dict[str, Any]()
-    with status() as say:
-        for device in devices:
+    yardsticks, cells, notes = dict[str, Any](), list[Cell](), list[str]()
+    with gpu_errors(), status() as say:
+        say("compiling kernels")
+        cases, left_out = _possible(plan.cases(devices), names)
+        seconds = plan.seconds_of(len(cases))
+        for device in dict.fromkeys(case.device for case in cases):
             mine = [case for case in cases if case.device == device]
-            mine, left_out = _possible(mine, names[device], say)
-            notes += left_out
             found = _measure(mine, names[device], plan.rounds, seconds, say)
             cells += found.cells
             yardsticks[device] = _described(found)
             notes += _about_yardsticks(device, found)
-    notes += [*_about(cells), *_missing(request, devices)]
+    notes += [*_about(cells), *_missing(request, devices), *left_out]
     setting = {"rounds": plan.rounds, "seconds_per_round": seconds}
     details = {"yardsticks": yardsticks}
     results = Results("kernels", METRICS, tuple(cells), setting, tuple(notes), details)
@@ -95,32 +96,32 @@ def _weight_bytes(cases: Sequence[Case], device: str) -> int:
 # -- what can be measured ---------------------------------------------------------------------
 
 
-def _possible(cases: Sequence[Case], device: str, say: _Say) -> tuple[list[Case], list[str]]:
+def _possible(cases: Sequence[Case], names: Mapping[str, str]) -> tuple[list[Case], list[str]]:
     """Those of `cases` that there are kernels for, compiled, and why not the others.
 
     Raises:
         UsageError: none is left.
     """
-    say(f"compiling kernels for {device}")
-    hindrances = _uncompiled(cases) if device == "cpu" else _compiled(cases, device)
+    cpu, gpu = ([c for c in cases if (c.device == "cpu") == host] for host in (True, False))
+    hindrances = {**_without_kernels(cpu), **(_uncompiled(gpu, names["cuda"]) if gpu else {})}
     left = [case for case in cases if case not in hindrances]
+    counts = Counter(hindrances.values())
     if not left:
-        raise UsageError(f"nothing can be measured: {'; '.join(set(hindrances.values()))}")
-    reasons = list(dict.fromkeys(hindrances.values()))
-    counts = [sum(why == reason for why in hindrances.values()) for reason in reasons]
-    said = zip(reasons, counts, strict=True)
+        raise UsageError(f"nothing can be measured: {'; '.join(counts) or 'no device'}")
+    said = counts.items()
     return left, [f"left out ({n} {'cell' if n == 1 else 'cells'}): {why}" for why, n in said]
 
 
-def _compiled(cases: Sequence[Case], device: str) -> Mapping[Case, str]:
+def _uncompiled(cases: Sequence[Case], device: str) -> Mapping[Case, str]:
+    """Compile what `cases` need for a GPU; of those that fail, why."""
     from tierrun.bench.kernels_compile import compile_all
 
     there = {case._replace(device=device): case for case in cases}
     return {there[case]: why for case, why in compile_all(list(there)).items()}
 
 
-def _uncompiled(cases: Sequence[Case]) -> Mapping[Case, str]:
-    """Of the CPU's: where there are no compiled kernels."""
+def _without_kernels(cases: Sequence[Case]) -> Mapping[Case, str]:
+    """Of the CPU's, those that compiled kernels are not there for, and why."""
     from tierrun.bench.kernels_layers import make_layout
     from tierrun.engine.kernels.host import supported
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from tierrun.bench.report import has_gpu_driver
+from tierrun.io.errors import DeviceError
 
 if TYPE_CHECKING:
     import torch
@@ -36,3 +37,15 @@ def status() -> Iterator[Callable[[str], None]]:
         return
     with console.status("") as shown:
         yield lambda text: shown.update(text)
+
+
+@contextmanager
+def gpu_errors() -> Iterator[None]:
+    """What CUDA raises becomes a DeviceError, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).strip().splitlines()
+        if not said or "CUDA" not in said[0]:
+            raise
+        raise DeviceError(f"the GPU failed: {said[0]}") from error

@@ -390,6 +390,19 @@ def test_with_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("nvbandwidth" in note for note in results.notes)
 
 
+@pytest.mark.parametrize(("said", "kind"), [("CUDA error: lost\nmore", DeviceError), ("", None)])
+def test_a_gpu_that_is_lost_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, said: str, kind: type[Exception] | None
+) -> None:
+    def opened(needs: Needs, device: torch.device) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(copies_run, "open_bench", opened)
+    with pytest.raises(kind or RuntimeError) as raised:
+        run_copies(Request(Plan(tests=(MEMORY_READ,))))
+    assert kind is None or str(raised.value) == "the GPU failed: CUDA error: lost"
+
+
 def test_too_slow_an_engine_is_marked() -> None:
     def sheet(ours: Sequence[float]) -> str:
         beside = Beside(8192, spread(ours), spread([1.0, 1.1]))

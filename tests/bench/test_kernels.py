@@ -213,10 +213,10 @@ def test_what_does_not_compile_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
         return {case: "CompilationError: no" for case in asked if case.codec == "q8_0"}
 
     monkeypatch.setattr(kernels_compile, "compile_all", compile_all)
-    left, notes = kernels_run._possible(cases, "cuda:1", lambda text: None)
+    left, notes = kernels_run._possible(cases, {"cuda": "cuda:1"})
     assert left == [cases[0]] and notes == ["left out (1 cell): CompilationError: no"]
     with pytest.raises(UsageError, match="nothing can be measured"):
-        kernels_run._possible(cases[1:], "cuda:1", lambda text: None)
+        kernels_run._possible(cases[1:], {"cuda": "cuda:1"})
 
 
 def test_a_kernel_that_fails_says_why() -> None:
