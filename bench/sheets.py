@@ -78,8 +78,10 @@ def show(name: str, value: Value) -> str:
     if name != "bytes":
         return str(value)
     nbytes = int(value)
-    is_power = nbytes & (nbytes - 1) == 0
-    return format_bytes(nbytes).replace(".0", "") if is_power else f"{nbytes / 1e6:.2f} MB"
+    if nbytes & (nbytes - 1):  # no power of two
+        return f"{nbytes / 1e6:.2f} MB"
+    number, unit = format_bytes(nbytes).split()
+    return f"{float(number):g} {unit}"
 
 
 def in_words(key: Mapping[str, Value]) -> str:
