@@ -4,20 +4,19 @@ Without a word about any of them it is a subset that ends in about two minutes.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from tierrun.bench.cells import Value
 from tierrun.bench.io_readers import DEVICE_READERS, READERS, HostBuffers, obstacle
 from tierrun.bench.io_sizes import ALL, USUAL
 from tierrun.bench.io_sources import Source
+from tierrun.bench.words import checked_duration, each, known
 from tierrun.io.errors import UsageError
 from tierrun.io.extent import PAGE, align_up, format_bytes, parse_bytes
-
-T = TypeVar("T")
 
 PATTERNS = ("random", "sequential")
 ALL_DEPTHS = (1, 2, 4, 8, 16, 32, 64)
@@ -64,16 +63,14 @@ class Plan:
         Raises:
             UsageError: one that is not understood.
         """
-        if seconds is not None and seconds <= 0:
-            raise UsageError(f"--duration {seconds:g}: give some time, such as 1")
         return Plan(
-            _each(sizes, _size),
-            _each(depths, _depth),
-            _each(readers, lambda name: _known("--readers", name, READERS)),
+            each(sizes, _size),
+            each(depths, _depth),
+            each(readers, lambda name: known("--readers", name, READERS)),
             _patterns(pattern),
             full,
             rounds,
-            seconds,
+            checked_duration(seconds),
         )
 
     def sizes_of(self, sources: Sequence[Source]) -> tuple[int, ...]:
@@ -211,13 +208,6 @@ def _reason_against(case: Case, plan: Plan, memory: int) -> str | None:
     return None
 
 
-def _each(text: str | None, parse: Callable[[str], T]) -> tuple[T, ...] | None:
-    """The words of a list, each once."""
-    if text is None:
-        return None
-    return tuple(dict.fromkeys(parse(word.strip()) for word in text.split(",")))
-
-
 def _size(text: str) -> int:
     nbytes = align_up(parse_bytes(text))
     if nbytes < PAGE:
@@ -234,10 +224,4 @@ def _depth(text: str) -> int:
 def _patterns(text: str | None) -> tuple[str, ...] | None:
     if text == "both":
         return PATTERNS
-    return _each(text, lambda name: _known("--pattern", name, (*PATTERNS, "both")))
-
-
-def _known(flag: str, name: str, names: Iterable[str]) -> str:
-    if name not in names:
-        raise UsageError(f"{flag} {name}: choose from {', '.join(names)}")
-    return name
+    return each(text, lambda name: known("--pattern", name, (*PATTERNS, "both")))

@@ -1,12 +1,9 @@
 """A run of `tierrun bench io`, from directories to results."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from rich.console import Console
 
 from tierrun.bench import fio
 from tierrun.bench.cells import Results
@@ -14,7 +11,7 @@ from tierrun.bench.io_bench import Bench, about, measure_all, open_sources, resu
 from tierrun.bench.io_fio import against_fio, comparable, sheet_of_agreements
 from tierrun.bench.io_plan import Plan, choose_cases
 from tierrun.bench.io_sources import Source
-from tierrun.bench.report import has_gpu_driver
+from tierrun.bench.running import gpu_asked_for, status
 from tierrun.bench.sheets import Sheet, in_words, sheet_of
 from tierrun.io.errors import UsageError
 from tierrun.io.extent import format_bytes
@@ -48,8 +45,8 @@ def run_io(request: Request) -> tuple[Results, list[Sheet]]:
     """
     if request.vs_fio and fio.obstacle() is not None:
         raise UsageError(f"--vs-fio: {fio.obstacle()}")
-    device = _device("cpu" if request.vs_fio else request.device)
-    with _status() as say:
+    device = gpu_asked_for("cpu" if request.vs_fio else request.device)
+    with status() as say:
 
         def writing(done: int, whole: int) -> None:
             say(f"writing a test file: {format_bytes(done)} of {format_bytes(whole)}")
@@ -92,24 +89,3 @@ def _against_fio(
     setting = {"rounds": plan.rounds, "seconds_per_round": seconds}
     details = {"agreement": [agreement.to_json() for agreement in agreements]}
     return results_of(cells, sources, setting, notes, details), [sheet_of_agreements(agreements)]
-
-
-def _device(asked: str) -> "torch.device | None":
-    """The GPU to read into; None for none. torch is not imported to find out that there is none."""
-    if asked == "cpu" or (asked == "auto" and not has_gpu_driver()):
-        return None
-    from tierrun.engine.devices import choose_device
-
-    device, _ = choose_device(asked)
-    return device if device.type == "cuda" else None
-
-
-@contextmanager
-def _status() -> Iterator[_Say]:
-    """A line on the terminal that says what is being done; nothing elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda text: None
-        return
-    with console.status("") as status:
-        yield lambda text: status.update(text)

@@ -1,16 +1,16 @@
-"""Prefill's matrix products on a GPU: every codec against exact numbers, then how fast.
+"""Launch parameters of prefill's matrix products on a GPU: which are the fastest?
 
     python -m tierrun.bench.kernels_matmul [--out $OUT/matmul.json]
 
 2048 tokens through resident matrices and through the experts of one layer (both products, tokens
-routed at random), as the engine launches them (--sweep: in other ways too, of which the fastest is
-printed). The yardstick is the rate of an 8192³ product of torch's in bf16, measured in the same
-run; shares are of it. Weights are copied so often that no cache holds them.
+routed at random), in several ways each, as `tierrun bench kernels` times them. The yardstick is the
+rate of an 8192³ product of torch's in bf16, measured in the same run; shares are of it. Weights are
+copied so often that no cache holds them. For whoever changes a kernel, or has a GPU that nobody has
+tuned for.
 """
 
 import itertools
 import os
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -22,14 +22,14 @@ import torch
 import typer
 from rich.table import Table
 
-from tierrun.bench.random_weights import generator, matrix_bytes
+from tierrun.bench.kernels_gpu import gpu_work
+from tierrun.bench.kernels_layers import LAYERS, Layer, geometry, parse_layer
 from tierrun.bench.report import document, emit, open_console, run_script
+from tierrun.bench.timed import rate
 from tierrun.engine.codecs.codec import find_codec
 from tierrun.engine.codecs.dense import DTYPES
-from tierrun.engine.codecs.packed import Packed
 from tierrun.engine.codecs.planes import packed_bytes, planes
 from tierrun.engine.kernels import matmul
-from tierrun.engine.kernels.geometry import Geometry, dense_geometry, packed_geometry
 from tierrun.engine.kernels.matmul import Launch, Operand
 from tierrun.engine.kernels.matvec import Gate
 from tierrun.io.errors import UsageError
@@ -39,11 +39,6 @@ TOKENS = 2048
 AIM = 0.35
 """Of the yardstick."""
 
-CHECKED = (
-    *("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl"),
-    *("iq4_xs", "mxfp4", "nvfp4", "nvfp4_div", "fp8_g128_f32", "fp8_row_f32", "int4_g128_bf16"),
-    *("int4z_g128_f16", "int8_row_f32", *DTYPES),
-)
 TIMED = ("bf16", "q8_0", "q4_k", "mxfp4", "fp8_g128_f32", "q6_k", "q5_k")
 
 PACKED = {
@@ -58,31 +53,12 @@ DENSE = {
 """Tokens of a tile → launches tried, the checked-in one first."""
 
 
-class Layer(NamedTuple):
-    """A resident matrix [inner, hidden] (no experts), or a layer's experts."""
-
-    hidden: int
-    inner: int
-    experts: int = 0
-    top_k: int = 0
-
-    def text(self) -> str:
-        if not self.experts:
-            return f"{self.hidden} → {self.inner}"
-        return f"{self.experts} top-{self.top_k}, {self.hidden} × {self.inner}"
-
-    def flops(self, tokens: int) -> int:
-        products = 3 * self.top_k if self.experts else 1
-        return 2 * tokens * products * self.hidden * self.inner
-
-
-LAYERS = (
-    Layer(4096, 14336),
-    Layer(14336, 4096),
-    Layer(4096, 14336, 8, 2),
-    Layer(2048, 768, 128, 8),
-    Layer(2048, 512, 256, 8),
+MEASURED = (
+    *(parse_layer(shape) for shape in ("4096x14336", "14336x4096")),
+    *(LAYERS[name] for name in ("mixtral-8x7b", "qwen3-30b-a3b", "qwen3.6-35b-a3b")),
 )
+SECONDS = 0.05
+"""Of each number."""
 
 
 class Case(NamedTuple):
@@ -95,7 +71,7 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Seconds (median), and what is made of them."""
+    """Seconds, and what is made of them."""
 
     case: Case
     seconds: float
@@ -103,30 +79,14 @@ class Result(NamedTuple):
     share: float
 
 
-def cases(sweep: bool) -> Iterator[Case]:
-    """As the engine launches them; or, with `sweep`, in the other ways too."""
-    for layer, codec in itertools.product(LAYERS, TIMED):
+def cases() -> Iterator[Case]:
+    """All that is tried."""
+    for layer, codec in itertools.product(MEASURED, TIMED):
         rows = TOKENS * layer.top_k / layer.experts if layer.experts else TOKENS
         tried = DENSE if codec in DTYPES else PACKED
-        if not sweep:
-            own = matmul.group_block(rows) if layer.experts else _linear_block(layer, codec)
-            yield Case(layer, codec, own, matmul.LAUNCHES[codec not in DTYPES, own])
-            continue
         blocks = ((64, 128) if rows <= 256 else (128,)) if layer.experts else (128, matmul.WIDE)
         for block in blocks:
             yield from (Case(layer, codec, block, launch) for launch in tried.get(block, ()))
-
-
-def _linear_block(layer: Layer, codec: str) -> int:
-    described = geometry_of(codec, (layer.inner, layer.hidden))
-    return matmul.linear_block(TOKENS, described, torch.device("cuda"))
-
-
-def geometry_of(codec: str, shape: tuple[int, int]) -> Geometry:
-    """The matrix [out, in] in a codec, a dense one or a packed one."""
-    if codec in DTYPES:
-        return dense_geometry(codec, shape)
-    return packed_geometry(find_codec(codec), shape)
 
 
 def filled(codec: str, shape: tuple[int, int]) -> torch.Tensor:
@@ -149,16 +109,16 @@ def prepare(case: Case, tokens: int, copies: int) -> list[Callable[[], object]]:
     if case.layer.experts:
         return _experts(case, tokens, copies)
     shape = case.layer.inner, case.layer.hidden
-    described, data = geometry_of(case.codec, shape), filled(case.codec, shape)
+    described, data = geometry(case.codec, shape), filled(case.codec, shape)
     x = torch.randn(tokens, case.layer.hidden, device="cuda")
     weights = [data.clone() for _ in range(copies)]
     return [partial(matmul.linear, x, w, described, block=case.block) for w in weights]
 
 
 def _experts(case: Case, tokens: int, copies: int) -> list[Callable[[], object]]:
-    hidden, inner, experts, top_k = case.layer
+    _, hidden, inner, experts, top_k = case.layer
     gate_up, down = (
-        (geometry_of(case.codec, shape), filled(case.codec, shape))
+        (geometry(case.codec, shape), filled(case.codec, shape))
         for shape in ((2 * inner, hidden), (hidden, inner))
     )
     at = align_up(gate_up[1].numel(), 64)
@@ -188,49 +148,16 @@ def compile_one(case: Case) -> None:
     torch.cuda.synchronize()
 
 
-def timed(works: Sequence[Callable[[], object]], rounds: int = 9) -> float:
-    """Median seconds of one piece of work, taken by turns."""
-    for work in (*works, works[0]):
-        work()
-    turns = itertools.cycle(works)
-    pairs = []
-    for _ in range(rounds):
-        start, end = (_event() for _ in range(2))
-        start.record()
-        next(turns)()
-        end.record()
-        pairs.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median(float(start.elapsed_time(end)) / 1e3 for start, end in pairs)
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+def timed(works: Sequence[Callable[[], object]]) -> float:
+    """Seconds of one piece of work, taken by turns."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    return 1 / rate(gpu_work(lambda number: works[number](), len(works), device), SECONDS)
 
 
 def yardstick() -> float:
     """FLOP/s of torch's product in bf16, 8192³."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / timed([lambda: a @ b], 21)
-
-
-def check(codec: str, tokens: int) -> float:
-    """The largest error of a product, relative to the sum of its terms' magnitudes.
-
-    Packed weights are multiplied by programs of `WIDE` rows where there are as many.
-    """
-    shape = (416, 512)
-    data = matrix_bytes(codec, shape, generator(7))
-    x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(tokens))
-    described = geometry_of(codec, shape)
-    if codec in DTYPES:
-        numbers = data.view(DTYPES[codec]).view(shape).float()
-    else:
-        numbers = Packed.over(data, find_codec(codec), shape).dense()
-    w, exact = numbers.half().double(), x.half().double()
-    block = matmul.WIDE if tokens >= matmul.WIDE and codec not in DTYPES else None
-    got = matmul.linear(x.cuda(), data.cuda(), described, block=block).cpu().double()
-    return float(((got - exact @ w.T).abs() / (exact.abs() @ w.abs().T)).max())
+    return 2 * 8192**3 / timed([lambda: a @ b])
 
 
 def best(results: Sequence[Result]) -> list[Result]:
@@ -258,7 +185,7 @@ def table(results: Sequence[Result], rate: float) -> Table:
         made.add_column(name, justify="left" if name in ("layer", "codec") else "right")
     for case, seconds, flops, share in results:
         made.add_row(
-            case.layer.text(),
+            case.layer.name,
             case.codec,
             str(case.block),
             " ".join(str(value or "-") for value in case.launch),
@@ -269,12 +196,12 @@ def table(results: Sequence[Result], rate: float) -> Table:
     return made
 
 
-def _time_all(rate: float, sweep: bool) -> list[Result]:
+def _time_all(yard: float) -> list[Result]:
     results = []
-    for case in cases(sweep):
+    for case in cases():
         seconds = timed(prepare(case, TOKENS, copies=4))
         flops = case.layer.flops(TOKENS) / seconds
-        results.append(Result(case, seconds, flops, flops / rate))
+        results.append(Result(case, seconds, flops, flops / yard))
         torch.cuda.empty_cache()
     return results
 
@@ -295,23 +222,17 @@ def _described(result: Result) -> dict[str, Any]:
 def main(
     out: Annotated[Path | None, typer.Option(help="Write the results here, as JSON.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that compile.")] = 12,
-    sweep: Annotated[bool, typer.Option(help="Try other launch parameters too.")] = False,
 ) -> None:
-    """Check and time prefill's matrix products on this machine's GPU."""
+    """Time prefill's matrix products on this machine's GPU in several ways."""
     if not torch.cuda.is_available():
         raise UsageError("there is no GPU here")
-    console = open_console()
     with ProcessPoolExecutor(min(workers, os.cpu_count() or 1), get_context("spawn")) as pool:
-        list(pool.map(compile_one, cases(sweep)))
-    errors = {codec: max(check(codec, tokens) for tokens in (20, 200, 300)) for codec in CHECKED}
-    for codec, error in errors.items():
-        console.print(f"{codec}: error {error:.1e}{'' if error < 5e-5 else '  WRONG'}")
-    rate = yardstick()
-    results = _time_all(rate, sweep)
-    console.print(table(best(results), rate))
+        list(pool.map(compile_one, cases()))
+    yard = yardstick()
+    results = _time_all(yard)
+    open_console().print(table(best(results), yard))
     found = {
-        "errors": errors,
-        "yardstick_tflops": rate / 1e12,
+        "yardstick_tflops": yard / 1e12,
         "best": [_described(result) for result in best(results)],
         "all": [_described(result) for result in results],
     }

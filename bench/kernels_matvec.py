@@ -1,36 +1,33 @@
-"""Decode kernels on this GPU: right in every codec, and how near they come to its bandwidth.
+"""Ways of cutting up the decode kernels' products on this GPU: which is the fastest?
 
-Each product of one layer of a model is timed over experts that rotate through more memory than the
-L2 cache has, replayed as a CUDA graph, for a few ways of cutting it up. Prints the best of each;
-everything goes to $OUT/matvec.json.
+    python -m tierrun.bench.kernels_matvec
+
+Each product of one layer of a model, over experts that rotate through more memory than the L2 cache
+has, as `tierrun bench kernels` times them. Prints the best of each; everything goes to
+$OUT/matvec.json. For whoever changes a kernel, or has a GPU that nobody has tuned for.
 """
 
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import torch
 
-from tierrun.engine.codecs.codec import find_codec
-from tierrun.engine.codecs.dense import DTYPES
-from tierrun.engine.codecs.packed import Packed
-from tierrun.engine.codecs.planes import packed_bytes
+from tierrun.bench.kernels_gpu import gpu_work
+from tierrun.bench.kernels_layers import geometry
+from tierrun.bench.random_weights import matrix_nbytes
+from tierrun.bench.timed import rate
 from tierrun.engine.kernels import matvec
-from tierrun.engine.kernels.geometry import Geometry, dense_geometry, is_dense, packed_geometry
+from tierrun.engine.kernels.geometry import Geometry, is_dense
 from tierrun.engine.kernels.matvec import Config, Gate
 from tierrun.io.extent import align_up
 
 CODECS = ("bf16", "q8_0", "q4_k", "mxfp4", "fp8_g128_f32", "q6_k", "q2_k", "iq4_xs")
-CHECKED = (
-    *("q8_0 q4_0 q4_1 q5_0 q5_1 q2_k q3_k q4_k q5_k q6_k iq4_nl iq4_xs mxfp4 nvfp4".split()),
-    *("nvfp4_div fp8_g128_f32 fp8_row_f32 int4_g128_bf16 int4z_g128_f16 int8_row_f32".split()),
-)
 PACKED = (Config(32, 4), Config(16, 4), Config(8, 4), Config(16, 2), Config(8, 2), Config(16, 8))
 DENSE = (
     *(Config(4, 4, 128), Config(8, 4, 128), Config(8, 4, 64), Config(16, 4, 32)),
@@ -38,6 +35,8 @@ DENSE = (
 )
 LAUNCHES = 32
 """Launches of a graph, each with other experts."""
+SECONDS = 0.02
+"""Of each number."""
 
 
 class Shape(NamedTuple):
@@ -71,17 +70,12 @@ class Case(NamedTuple):
 
     @property
     def geometry(self) -> Geometry:
-        shape = self.rows, self.columns
-        if self.codec in DTYPES:
-            return dense_geometry(self.codec, shape)
-        return packed_geometry(find_codec(self.codec), shape)
+        return geometry(self.codec, (self.rows, self.columns))
 
     @property
     def nbytes(self) -> int:
         """Of one matrix."""
-        if self.codec in DTYPES:
-            return self.rows * self.columns * DTYPES[self.codec].itemsize
-        return packed_bytes(find_codec(self.codec), (self.rows, self.columns))
+        return matrix_nbytes(self.codec, (self.rows, self.columns))
 
     @property
     def configs(self) -> tuple[Config, ...]:
@@ -133,70 +127,22 @@ def compile_all(work: list[tuple[Case, Config]]) -> None:
 
 
 def time_case(case: Case, config: Config, memory: torch.Tensor) -> float:
-    """Seconds of one launch of `case`: the median of graphs of several, with other experts each."""
+    """Seconds of one launch of `case`, on average over several with other experts each."""
     x, stride = inputs_of(case), align_up(case.nbytes, 4096)
     records = len(memory) // stride
     count = min(LAUNCHES, max(2, records // case.top_k))
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(max(records, count * case.top_k), generator=generator) % records
     slots = (order[: count * case.top_k] * stride).view(count, case.top_k)
-    on_device = list(slots.to("cuda")) if not case.tokens else list(slots)
-
-    def run() -> None:
-        for some in on_device:
-            launch(case, config, memory, some, x)
-
-    return time_graph(run) / count
-
-
-def time_graph(run: Callable[[], None], replays: int = 9) -> float:
-    """Seconds of `run`, captured."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        run()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            run()
-        graph.replay()
-        marks = [_event() for _ in range(replays + 1)]
-        marks[0].record(stream)
-        for mark in marks[1:]:
-            graph.replay()
-            mark.record(stream)
-        stream.synchronize()
-    pairs = zip(marks, marks[1:], strict=False)
-    milliseconds: list[float] = [first.elapsed_time(second) for first, second in pairs]
-    return median(milliseconds) / 1000
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    some = list(slots.to("cuda")) if not case.tokens else list(slots)
+    work = gpu_work(lambda i: launch(case, config, memory, some[i], x), count, memory.device)
+    return 1 / rate(work, SECONDS)
 
 
 def copy_bandwidth(memory: torch.Tensor) -> float:
     """Bytes per second of a copy within the device, read and written."""
-    halves = memory.view(2, -1)
-
-    def run() -> None:
-        halves[0].copy_(halves[1])
-
-    return len(memory) / time_graph(run)
-
-
-def check(codec: str) -> float:
-    """The largest error of a product in `codec` over the sum of its magnitudes."""
-    from tests.codecs import random_packed
-
-    worst = 0.0
-    for shape, tokens in (((96, 1024), 1), ((70, 300), 2)):
-        packed: Packed = random_packed(codec, *shape)
-        x, matrix = torch.randn(tokens, shape[1]), packed.dense().double()
-        geometry = packed_geometry(packed.codec, shape)
-        y = matvec.linear(x.cuda(), packed.data.cuda(), geometry).cpu().double()
-        limit = x.double().abs() @ matrix.abs().T
-        worst = max(worst, float(((y - x.double() @ matrix.T).abs() / limit).max()))
-    return worst
+    first, second = memory.view(2, -1)
+    return len(memory) * rate(gpu_work(lambda i: first.copy_(second), 1, memory.device), SECONDS)
 
 
 def split(work: list[tuple[Case, Config]], parts: int) -> Iterable[list[tuple[Case, Config]]]:
@@ -208,18 +154,13 @@ def main() -> None:
     work = [(case, config) for case in cases() for config in case.configs]
     workers = max(1, (os.cpu_count() or 2) - 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        compiled = [pool.submit(compile_all, some) for some in split(work, 4 * workers)]
-        errors = dict(zip(CHECKED, pool.map(check, CHECKED), strict=True))
-        for future in compiled:
-            future.result()
+        list(pool.map(compile_all, split(work, 4 * workers)))
     print(f"{torch.cuda.get_device_name()}: compiled in {time.perf_counter() - started:.0f} s")
-    for codec, error in errors.items():
-        print(f"{codec:16} error {error:.1e}{'' if error < 1e-5 else '  WRONG'}")
-    measure(errors)
+    measure()
     print(f"{time.perf_counter() - started:.0f} s in all")
 
 
-def measure(errors: dict[str, float]) -> None:
+def measure() -> None:
     memory = torch.randint(0, 120, (3 << 30,), dtype=torch.uint8, device="cuda")
     copied = copy_bandwidth(memory)
     print(f"copy {copied / 1e9:.0f} GB/s")
@@ -248,7 +189,6 @@ def measure(errors: dict[str, float]) -> None:
     document = {
         "device": torch.cuda.get_device_name(),
         "copy_bytes_per_second": copied,
-        "errors": errors,
         "cases": results,
     }
     path = Path(os.environ.get("OUT", ".")) / "matvec.json"

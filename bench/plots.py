@@ -1,8 +1,8 @@
-"""Bandwidth by size and depth, drawn with matplotlib, which is an extra."""
+"""The first metric by size, tokens or threads, drawn with matplotlib, which is an extra."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tierrun.bench.cells import Cell, Metric, Results
 from tierrun.bench.sheets import in_words, show, split_keys
@@ -10,7 +10,21 @@ from tierrun.io.errors import UsageError
 
 _PANEL_INCHES = (4.0, 3.8)
 _WIDE = 20
-"""Largest over least bandwidth from which on a linear axis would flatten the slow ones."""
+"""Largest over least value from which on a linear axis would flatten the low ones."""
+
+_AXES = ("bytes", "tokens", "threads")
+"""What a line may go along; the first of them that varies."""
+
+_LINES = ("depth", "codec", "test")
+"""What may tell the lines of a panel apart."""
+
+
+class _Line(NamedTuple):
+    """Cells that differ by `axis` only."""
+
+    label: str
+    axis: str
+    cells: list[Cell]
 
 
 def check_plotting() -> None:
@@ -23,8 +37,8 @@ def check_plotting() -> None:
 
 
 def plot_results(results: Results, file: Path) -> None:
-    """The first metric by record size: a panel for each kind of cell, a line for each depth, the
-    spread of the rounds shaded.
+    """The first metric by record size, tokens or threads: a panel for each kind of cell, a line for
+    each depth, codec or test, the spread of the rounds shaded.
 
     Raises:
         UsageError: matplotlib is not installed, or the file cannot be written.
@@ -33,11 +47,12 @@ def plot_results(results: Results, file: Path) -> None:
     from matplotlib import pyplot
 
     _, common = split_keys([cell.key for cell in results.cells])
-    panels = _grouped(results.cells, {"bytes", "depth", *common})
+    panels = _panels(results.cells, common)
     size = (_PANEL_INCHES[0] * len(panels), _PANEL_INCHES[1])
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
-    for axis, (title, cells) in zip(axes[0], panels.items(), strict=True):
-        _draw(axis, cells, results.metrics[0])
+    for axis, ((title, along), lines) in zip(axes[0], panels.items(), strict=True):
+        _draw(axis, lines, results.metrics[0])
+        axis.set_xlabel("size (MB)" if along == "bytes" else along)
         axis.set_title(title, fontsize=9)
     axes[0][0].set_ylabel(results.metrics[0].label)
     _scale(axes[0][0], [cell.spread(results.metrics[0]).median for cell in results.cells])
@@ -51,18 +66,40 @@ def plot_results(results: Results, file: Path) -> None:
         pyplot.close(figure)
 
 
-def _draw(axis: Any, cells: Sequence[Cell], metric: Metric) -> None:
-    for label, line in _grouped(cells, cells[0].key.keys() - {"depth"}).items():
-        points = sorted((int(cell.key["bytes"]) / 1e6, cell.spread(metric)) for cell in line)
-        sizes = [size for size, _ in points]
+def _panels(cells: Sequence[Cell], common: Collection[str]) -> dict[tuple[str, str], list[_Line]]:
+    """Lines by the panel they are in, which has a title and an axis."""
+    panels = dict[tuple[str, str], list[_Line]]()
+    names = [name for name in cells[0].key if name in _LINES]
+    for title, group in _grouped(cells, {*_AXES, *names, *common}).items():
+        for line in _grouped(group, cells[0].key.keys() - set(names)).values():
+            for made in _lines(line, names):
+                panels.setdefault((title, made.axis), []).append(made)
+    return panels
+
+
+def _lines(cells: Sequence[Cell], names: Sequence[str]) -> Iterator[_Line]:
+    """Of `cells`, which have the same `names`: along the first axis that varies, a line for each
+    value of the others."""
+    there = [name for name in _AXES if name in cells[0].key]
+    varying = [name for name in there if len({cell.key[name] for cell in cells}) > 1]
+    axis, others = (varying or there)[0], varying[1:]
+    for line in _grouped(cells, cells[0].key.keys() - set(others)).values():
+        yield _Line(in_words({name: line[0].key[name] for name in (*names, *others)}), axis, line)
+
+
+def _draw(axis: Any, lines: Sequence[_Line], metric: Metric) -> None:
+    for label, name, cells in lines:
+        unit = 1e6 if name == "bytes" else 1
+        points = sorted((int(cell.key[name]) / unit, cell.spread(metric)) for cell in cells)
+        places = [place for place, _ in points]
         middle, least, largest = (
             [spread[part] * metric.scale for _, spread in points] for part in range(3)
         )
-        (drawn,) = axis.plot(sizes, middle, marker="o", markersize=3, label=f"depth {label}")
-        axis.fill_between(sizes, least, largest, color=drawn.get_color(), alpha=0.15, linewidth=0)
+        (drawn,) = axis.plot(places, middle, marker="o", markersize=3, label=label)
+        axis.fill_between(places, least, largest, color=drawn.get_color(), alpha=0.15, linewidth=0)
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.set_xlabel("record (MB)")
+    axis.xaxis.set_minor_formatter("")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
 

@@ -9,8 +9,12 @@ from rich import box
 from rich.table import Table
 
 from tierrun.bench.cells import Cell, Metric, Results, Value
+from tierrun.io.extent import format_bytes
 
-LEFT = ("reader", "pattern", "directory", "to", "verdict")
+LEFT = (
+    *("reader", "pattern", "directory", "to", "verdict"),
+    *("test", "layer", "codec", "device", "kernel"),
+)
 """Columns of words; all others are numbers, which stand to the right."""
 
 
@@ -71,12 +75,18 @@ def split_keys(keys: Sequence[Mapping[str, Value]]) -> tuple[list[str], dict[str
 
 def show(name: str, value: Value) -> str:
     """A value of a key, as in its column."""
-    return f"{int(value) / 1e6:.2f} MB" if name == "bytes" else str(value)
+    if name != "bytes":
+        return str(value)
+    nbytes = int(value)
+    if nbytes & (nbytes - 1):  # no power of two
+        return f"{nbytes / 1e6:.2f} MB"
+    number, unit = format_bytes(nbytes).split()
+    return f"{float(number):g} {unit}"
 
 
 def in_words(key: Mapping[str, Value]) -> str:
     """Values of a key, without the columns' titles above them."""
-    named = ("depth", "to")
+    named = ("depth", "to", "threads", "tokens")
     return ", ".join(f"{n} {v}" if n in named else show(n, v) for n, v in key.items())
 
 

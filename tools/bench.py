@@ -114,6 +114,107 @@ def bench_io(
     outputs.deliver(results, sheets, open_console(), old)
 
 
+@bench_app.command("copies")
+def bench_copies(
+    nvme_dir: Annotated[
+        list[Path] | None,
+        typer.Option("--nvme-dir", help="A store: its records' sizes are measured, too."),
+    ] = None,
+    tests: Annotated[
+        str | None, typer.Option("--tests", help="memory_read,host_to_device_memcpy_ce. All.")
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option("--sizes", help="Of copies: 64KiB,1.8MB. Default: 64 KiB to 256 MiB."),
+    ] = None,
+    threads: Annotated[
+        str | None, typer.Option("--threads", help="That read memory: 1,4. Default: 1, 2, 4 … all.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Every size, half a second each.")] = False,
+    device: Annotated[
+        str, typer.Option("--device", envvar="TIERRUN_DEVICE", help="auto, cpu, cuda, cuda:N.")
+    ] = "auto",
+    duration: Duration = None,
+    rounds: Rounds = 5,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+    md_file: MdFile = None,
+    plot_file: PlotFile = None,
+    compare: CompareFile = None,
+) -> None:
+    """How fast bytes get from memory to memory: host, GPU and between, by size: about a minute.
+
+    Without a GPU only host memory is measured.
+    """
+    from tierrun.bench.copies_plan import Plan
+    from tierrun.bench.copies_run import Request, run_copies
+    from tierrun.bench.ending import ended_by_signals
+    from tierrun.bench.outputs import Outputs
+    from tierrun.bench.report import open_console
+
+    plan = Plan.of(tests, sizes, threads, full, rounds, duration)
+    outputs = Outputs(json_file, csv_file, md_file, plot_file, compare)
+    old = outputs.check()
+    with ended_by_signals():
+        results, sheets = run_copies(Request(plan, tuple(nvme_dir or ()), device))
+    outputs.deliver(results, sheets, open_console(), old)
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            help="Models' experts (glm-5), experts (2048x512:8/256: hidden, inner, top-k of how "
+            "many), matrices (4096x14336: inputs, outputs). Default: qwen3.6-35b-a3b.",
+        ),
+    ] = None,
+    codecs: Annotated[
+        str | None, typer.Option("--codecs", help="q4_k,mxfp4, or all. Default: the usual ones.")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", help="Of a call: 1,8,512. Default: from 1 to 2048.")
+    ] = None,
+    threads: Annotated[
+        str | None, typer.Option("--threads", help="Of the CPU: 1,4. Default: all cores.")
+    ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Every codec and number of tokens; the best part of an hour."),
+    ] = False,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", envvar="TIERRUN_DEVICE", help="auto (the CPU and a GPU), cpu, cuda, cuda:N."
+        ),
+    ] = "auto",
+    duration: Duration = None,
+    rounds: Rounds = 5,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+    md_file: MdFile = None,
+    plot_file: PlotFile = None,
+    compare: CompareFile = None,
+) -> None:
+    """How fast a layer is computed from packed weights, by codec and tokens: about two minutes.
+
+    Shares are of the memory's bandwidth and of torch's products, measured in the same run.
+    """
+    from tierrun.bench.ending import ended_by_signals
+    from tierrun.bench.kernels_plan import Plan
+    from tierrun.bench.kernels_run import Request, run_kernels
+    from tierrun.bench.outputs import Outputs
+    from tierrun.bench.report import open_console
+
+    plan = Plan.of(layers, codecs, tokens, threads, full, rounds, duration)
+    outputs = Outputs(json_file, csv_file, md_file, plot_file, compare)
+    old = outputs.check()
+    with ended_by_signals():
+        results, sheets = run_kernels(Request(plan, device))
+    outputs.deliver(results, sheets, open_console(), old)
+
+
 @bench_app.command("compare")
 def bench_compare(
     old: Annotated[Path, typer.Argument(metavar="OLD.json", help="From a bench's --json.")],

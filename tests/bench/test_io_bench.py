@@ -351,7 +351,7 @@ def test_a_store_is_only_read(run: Run, tmp_path: Path) -> None:
     directory = ("--nvme-dir", tmp_path / "store")
     code, printed, error = run("io", *directory, "--depths", 2, "--duration", 0.01, "--rounds", 1)
     assert code == 0, error
-    assert "the store of tiny/store" in printed and "0.02 MB" in printed
+    assert "the store of tiny/store" in printed and "16 KiB" in printed
     assert {path: path.read_bytes() for path in (tmp_path / "store").iterdir()} == before
 
 

@@ -18,7 +18,7 @@ from tierrun.bench import (
     gpu_parity,
     gpu_soak,
     gpu_timeline,
-    kernels_host,
+    kernels_matmul,
     larger_than_memory,
     offloaded,
     peers,
@@ -41,7 +41,7 @@ MAINS: dict[str, Callable[..., None]] = {
     "gpu_parity": gpu_parity.main,
     "gpu_soak": gpu_soak.main,
     "gpu_timeline": gpu_timeline.main,
-    "kernels_host": kernels_host.main,
+    "kernels_matmul": kernels_matmul.main,
     "larger_than_memory": larger_than_memory.main,
     "offloaded": offloaded.main,
     "peers": peers.main,
@@ -131,18 +131,6 @@ def test_ways_from_the_drive(
     assert [cell["depth"] for cell in cells] == [1, 2]
     assert all(cell["bandwidth"] > 0 and cell["target"] == "host" for cell in cells)
     assert result["chosen"]["to_device"] == "staged"
-
-
-@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
-def test_kernels_on_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(kernels_host, "CODECS", ("q8_0",))
-    monkeypatch.setattr(kernels_host, "SECONDS", 0.0)
-    kernels_host.main(tmp_path / "host.json", hidden=64, inner=32, experts=2, mib=1)
-    found = json.loads((tmp_path / "host.json").read_text())
-    counts = [int(count) for count in found["read_bytes_per_second"]]
-    measured = [(result["tokens"], result["threads"]) for result in found["results"]]
-    assert measured == [(tokens, threads) for tokens in (1, 4) for threads in counts]
-    assert all(result["best"] >= result["median"] > 0 for result in found["results"])
 
 
 def test_a_run_in_a_cgroup(synthetic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
