@@ -1,0 +1,99 @@
+"""`tierrun bench store|model|pipeline|peers`: what a whole model does, and models to do it with."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tierrun.io.errors import UsageError
+
+
+def add_model_commands(app: typer.Typer) -> None:
+    """Add them to `app`."""
+    app.command("store")(bench_store)
+
+
+def bench_store(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Gets the store; the directory is made.")
+    ],
+    like: Annotated[
+        str, typer.Option("--like", help="Whose dimensions; ? lists them.")
+    ] = "qwen3.6-35b-a3b",
+    codec: Annotated[
+        str | None,
+        typer.Option("--codec", help="Of the experts: q4_k, q8_0, bf16, … Default: as usual."),
+    ] = None,
+    resident_codec: Annotated[
+        str, typer.Option("--resident-codec", help="Of attention and output head.")
+    ] = "q4_k",
+    routing: Annotated[
+        str,
+        typer.Option(
+            "--routing",
+            help="seed: skewed, and local in time; local: flat in the long run; uniform: neither.",
+        ),
+    ] = "seed",
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Instead of the model's.")
+    ] = None,
+    experts: Annotated[int | None, typer.Option("--experts", min=1, help="Per layer.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Experts per token.")] = None,
+    hidden: Annotated[int | None, typer.Option("--hidden", min=2, help="Hidden size.")] = None,
+    intermediate: Annotated[
+        int | None, typer.Option("--intermediate", min=1, help="An expert's size.")
+    ] = None,
+    vocabulary: Annotated[
+        int | None, typer.Option("--vocabulary", min=2, help="Tokens known.")
+    ] = None,
+    sigma: Annotated[
+        float | None, typer.Option("--sigma", min=0.0, help="Skew of the experts' popularity.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of all weights.")] = 0,
+    peers: Annotated[
+        bool,
+        typer.Option("--peers", help="Also as GGUF and, in bf16, as checkpoint: for bench peers."),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a store that is there.")] = False,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=0, help="Prompt that counts the skew; 0: none.")
+    ] = 0,
+) -> None:
+    """Make a synthetic store with a real model's dimensions, as fast as the disk takes it."""
+    from tierrun.bench.report import open_console
+    from tierrun.bench.synthetic_models import Asked, find_routing
+    from tierrun.bench.synthetic_models import describe as describe_models
+
+    console = open_console()
+    if like == "?":
+        console.print(describe_models(), highlight=False, markup=False)
+        return
+    asked = Asked(like, layers, experts, top_k, hidden, intermediate, vocabulary, sigma)
+    name, shape, usual = asked.resolve(find_routing(routing))
+    if peers and resident_codec != "q4_k":
+        raise UsageError("--peers: resident matrices are in --codec too; leave --resident-codec")
+    from tierrun.bench.synthetic import PERCENTS, PeerFiles, build_for_peers, skew
+    from tierrun.bench.synthetic_store import build_store
+    from tierrun.io.extent import format_bytes
+
+    started, way, chosen = time.perf_counter(), find_routing(routing), codec or usual
+    if peers:
+        manifest = build_for_peers(directory, shape, chosen, seed, force=force, routing=way)
+    else:
+        manifest = build_store(
+            directory, shape, chosen, resident_codec, seed, force=force, name=name, routing=way
+        )
+    seconds = time.perf_counter() - started
+    store = PeerFiles.under(directory).store if peers else directory
+    nbytes = manifest.expert_bytes + manifest.resident_bytes
+    console.print(
+        f"{store}: like {name}, routing {way}, {manifest.num_experts} experts in {chosen}, "
+        f"{format_bytes(manifest.expert_bytes)}, resident {format_bytes(manifest.resident_bytes)}, "
+        f"{seconds:.1f} s, {nbytes / seconds / 1e9:.2f} GB/s",
+        highlight=False,
+    )
+    if tokens:
+        curve = skew(store, tokens, shape.vocabulary)
+        parts = (f"{p:.0f} % {s:.0%}" for p, s in zip(PERCENTS, curve, strict=True))
+        console.print(f"share of activations that the top experts take: {', '.join(parts)}")
