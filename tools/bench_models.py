@@ -7,11 +7,20 @@ from typing import Annotated
 import typer
 
 from tierrun.io.errors import UsageError
+from tierrun.tools.arguments import NvmeDir, StoreArgument, store_directories
+from tierrun.tools.bench import CompareFile, CsvFile, JsonFile, MdFile, PlotFile
+
+Device = Annotated[
+    str, typer.Option("--device", envvar="TIERRUN_DEVICE", help="auto, cpu, cuda, cuda:N.")
+]
+Io = Annotated[str, typer.Option("--io", help="How shards are read: auto, direct, mmap, …")]
+Threads = Annotated[int, typer.Option("-t", "--threads", min=0, help="0: all cores but one.")]
 
 
 def add_model_commands(app: typer.Typer) -> None:
     """Add them to `app`."""
     app.command("store")(bench_store)
+    app.command("model")(bench_model)
 
 
 def bench_store(
@@ -97,3 +106,81 @@ def bench_store(
         curve = skew(store, tokens, shape.vocabulary)
         parts = (f"{p:.0f} % {s:.0%}" for p, s in zip(PERCENTS, curve, strict=True))
         console.print(f"share of activations that the top experts take: {', '.join(parts)}")
+
+
+def bench_model(
+    store: StoreArgument = None,
+    nvme_dir: NvmeDir = None,
+    prompts: Annotated[
+        str, typer.Option("-p", "--n-prompt", help="Tokens of prompts: 512,2048; 0: none.")
+    ] = "512",
+    generated: Annotated[
+        str, typer.Option("-n", "--n-gen", help="Tokens generated: 128; 0: none.")
+    ] = "128",
+    depths: Annotated[
+        str, typer.Option("-d", "--n-depth", help="Tokens of context before: 0,4096.")
+    ] = "0",
+    repetitions: Annotated[
+        int, typer.Option("-r", "--repetitions", min=1, help="Of each test.")
+    ] = 5,
+    vram: Annotated[
+        str, typer.Option("--vram", help="Hot tiers: auto,8GiB,20%experts (of their bytes).")
+    ] = "auto",
+    ram: Annotated[
+        str, typer.Option("--ram", help="Warm tiers, the same; every pair is measured.")
+    ] = "auto",
+    device: Device = "auto",
+    io: Io = "auto",
+    threads: Threads = 0,
+    ubatch: Annotated[
+        int, typer.Option("-ub", "--ubatch-size", min=0, help="Tokens of a prompt; 0: chosen.")
+    ] = 0,
+    lanes: Annotated[
+        str, typer.Option("--lanes", help="Experts in RAM, beside a GPU: auto, gpu, cpu.")
+    ] = "gpu",
+    policy: Annotated[str, typer.Option("--policy", help="lfru, lru, layers.")] = "lfru",
+    exact: Annotated[bool, typer.Option("--exact", help="The same bits for any budget.")] = False,
+    learn: Annotated[
+        int, typer.Option("--learn", min=0, help="Tokens decoded before the tests.")
+    ] = 128,
+    no_warmup: Annotated[
+        bool, typer.Option("--no-warmup", help="Nothing before the first repetition.")
+    ] = False,
+    duration: Annotated[
+        float | None,
+        typer.Option("--duration", help="Seconds of each test; no repetition begins later."),
+    ] = None,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+    md_file: MdFile = None,
+    plot_file: PlotFile = None,
+    compare: CompareFile = None,
+) -> None:
+    """llama-bench's tests on a store, with where experts came from and how near the bound is."""
+    directories = store_directories(store, nvme_dir)
+    from tierrun.bench.model_plan import Plan
+
+    plan = Plan.of(
+        prompts, generated, depths, vram, ram, repetitions, learn, not no_warmup, duration
+    )
+    from tierrun.bench.devices import Setting
+    from tierrun.bench.ending import ended_by_signals
+    from tierrun.bench.model_plots import plot_model
+    from tierrun.bench.model_run import Request, device_of, run_model
+    from tierrun.bench.outputs import Outputs
+    from tierrun.bench.report import open_console
+
+    outputs = Outputs(json_file, csv_file, md_file, plot_file, compare)
+    old = outputs.check()
+    setting = Setting(
+        device_of(device),
+        exact=exact,
+        ubatch=ubatch,
+        io=io,
+        threads=threads,
+        lanes=lanes,
+        policy=policy,
+    )
+    with ended_by_signals():
+        results, sheets = run_model(Request(tuple(directories), plan, setting))
+    outputs.deliver(results, sheets, open_console(), old, plot_model)
