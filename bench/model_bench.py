@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tierrun.bench.devices import say, synchronise
 from tierrun.bench.model_bound import Rates, bound_of, traffic_of
-from tierrun.bench.model_plan import Plan, Test
+from tierrun.bench.model_plan import Case, Plan
 from tierrun.bench.stream import routing_of, token_stream
 from tierrun.engine.engine import Engine
 from tierrun.engine.sampling import FixedTokens
@@ -71,7 +71,7 @@ class Runner:
         if self._plan.learn:
             self._generate(0, self._plan.learn)
 
-    def run(self, test: Test) -> list[Repetition]:
+    def run(self, test: Case) -> list[Repetition]:
         """All its repetitions, after one that does not count; no more than the plan has time for,
         but one."""
         if self._plan.warm:
@@ -136,7 +136,9 @@ class Runner:
         speed = done.tokens / done.seconds
         figures = Figures(
             speed,
-            *(count / lookups for count in (counters.hot, counters.warm, counters.cold)),
+            counters.hot / lookups,
+            counters.warm / lookups,
+            counters.cold / lookups,
             counters.read_bytes / done.tokens,
             traffic.bus / done.tokens,
             done.tokens / bound.seconds,

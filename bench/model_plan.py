@@ -12,10 +12,8 @@ from typing import NamedTuple
 from tierrun.io.errors import UsageError
 
 
-class Test(NamedTuple):
-    """One of them; `kind` is `pp` (a prompt) or `tg` (text generation)."""
-
-    __test__ = False  # pytest: it is none of yours
+class Case(NamedTuple):
+    """A test; `kind` is `pp` (a prompt) or `tg` (text generation)."""
 
     kind: str
     tokens: int
@@ -44,7 +42,7 @@ class Budgets(NamedTuple):
 class Plan:
     """All tests under all budgets; `learn` tokens are decoded before them, unmeasured."""
 
-    tests: tuple[Test, ...]
+    tests: tuple[Case, ...]
     budgets: tuple[Budgets, ...]
     repetitions: int = 5
     learn: int = 128
@@ -70,7 +68,7 @@ class Plan:
         """
         kinds = (("pp", _numbers("-p", prompts)), ("tg", _numbers("-n", generated)))
         tests = tuple(
-            Test(kind, tokens, depth)
+            Case(kind, tokens, depth)
             for depth in _numbers("-d", depths)
             for kind, counts in kinds
             for tokens in counts

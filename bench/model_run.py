@@ -14,7 +14,7 @@ from tierrun.bench.cells import Cell, Metric, Results
 from tierrun.bench.devices import Setting, say
 from tierrun.bench.model_bench import Figures, Runner, Told, forget_usage, usage_curve
 from tierrun.bench.model_bound import Rates, drive_bandwidth, measure_rates
-from tierrun.bench.model_plan import Budgets, Plan, Test
+from tierrun.bench.model_plan import Budgets, Case, Plan
 from tierrun.bench.sheets import Sheet, split_keys
 from tierrun.bench.stream import routing_of
 from tierrun.engine.engine import Engine
@@ -120,7 +120,7 @@ def _run_all(
     }
 
 
-def _cell(test: Test, budgets: Budgets, told: Sequence[Told]) -> Cell:
+def _cell(test: Case, budgets: Budgets, told: Sequence[Told]) -> Cell:
     columns = zip(Figures._fields, zip(*(each.figures for each in told), strict=True), strict=True)
     return Cell({**budgets._asdict(), "test": test.name}, dict(columns))
 
@@ -155,13 +155,13 @@ def _results(request: Request, manifest: Manifest, found: _Found) -> Results:
         "usage_percents": list(CURVE),
         "usage_curves": found.curves,
     }
-    return Results(
-        "model", METRICS, tuple(found.cells), about, (*_notes(request, found),), details
-    )
+    return Results("model", METRICS, tuple(found.cells), about, (*_notes(request, found),), details)
 
 
 def _notes(request: Request, found: _Found) -> list[str]:
-    memory, upload, drive, flops = (statistics.median(column) for column in zip(*found.rates, strict=True))
+    memory, upload, drive, flops = (
+        statistics.median(column) for column in zip(*found.rates, strict=True)
+    )
     measured = [f"memory {memory / 1e9:.1f} GB/s", f"drive {drive / 1e9:.2f} GB/s"]
     if request.setting.device != "cpu":
         measured.insert(1, f"bus {upload / 1e9:.1f} GB/s")
@@ -232,5 +232,3 @@ def device_of(asked: str) -> str:
     if asked == "auto" and not has_gpu_driver():
         return "cpu"
     return str(choose_device(asked).device)
-
-

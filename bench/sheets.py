@@ -10,7 +10,20 @@ from rich.table import Table
 
 from tierrun.bench.cells import Cell, Metric, Results, Value
 
-LEFT = ("reader", "pattern", "directory", "to", "verdict", "vram", "ram", "test", "by", "path", "load", "arm")
+LEFT = (
+    "reader",
+    "pattern",
+    "directory",
+    "to",
+    "verdict",
+    "vram",
+    "ram",
+    "test",
+    "by",
+    "path",
+    "load",
+    "arm",
+)
 """Columns of words; all others are numbers, which stand to the right."""
 
 

@@ -1,4 +1,4 @@
-"""A synthetic Mixture of Experts whose routing is as skewed as a trained one's, for several engines.
+"""A synthetic Mixture of Experts, its routing as skewed as a trained one's, for several engines.
 
 Random weights route uniformly: every cache then hits c/N and nothing can be learnt. Here the
 embedding has a constant dimension and every router reads a popularity from it:
@@ -43,9 +43,7 @@ class PeerFiles(NamedTuple):
 
     @staticmethod
     def under(directory: Path) -> "PeerFiles":
-        return PeerFiles(
-            directory / "store", directory / "model.gguf", directory / "checkpoint"
-        )
+        return PeerFiles(directory / "store", directory / "model.gguf", directory / "checkpoint")
 
 
 def build_for_peers(
@@ -70,7 +68,9 @@ def build_for_peers(
     if codec == "bf16":
         build_checkpoint(files.checkpoint, shape, seed)
     write_gguf(files.gguf, shape, codec, seed)
-    manifest = convert(files.checkpoint if codec == "bf16" else files.gguf, files.store, force=force)
+    manifest = convert(
+        files.checkpoint if codec == "bf16" else files.gguf, files.store, force=force
+    )
     _say_routing(files.store / MODEL_DIR / "config.json", routing)
     return manifest
 

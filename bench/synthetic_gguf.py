@@ -189,7 +189,7 @@ def _data(tensor: _Tensor, maker: WeightMaker, codes: _Codes | None) -> NDArray[
 def _describe(writer: gguf.GGUFWriter, shape: Shape) -> None:
     """Every number that llama.cpp and our own converter want; no tokenizer."""
     config = config_of(shape)
-    rope: dict[str, Any] = config.rope_parameters or {}
+    rope: Any = config.rope_parameters or {}
     writer.add_name("synthetic")
     writer.add_block_count(shape.layers)
     writer.add_context_length(config.max_position_embeddings)

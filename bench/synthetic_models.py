@@ -52,9 +52,7 @@ def _shape(
     attention: tuple[int, int, int],
     sigma: float,
 ) -> Shape:
-    return Shape(
-        layers, experts, top_k, hidden, intermediate, *attention, _VOCABULARY, sigma=sigma
-    )
+    return Shape(layers, experts, top_k, hidden, intermediate, *attention, _VOCABULARY, sigma=sigma)
 
 
 # Attention: heads, key-value heads, head size. Sigma: what makes the top fifth take 80 to 88 %.
@@ -81,7 +79,9 @@ def find_model(name: str) -> tuple[str, Model]:
         UsageError: none, or several; names them.
     """
     wanted = name.lower()
-    found = [wanted] if wanted in MODELS else [known for known in MODELS if known.startswith(wanted)]
+    found = (
+        [wanted] if wanted in MODELS else [known for known in MODELS if known.startswith(wanted)]
+    )
     if len(found) != 1:
         said = "several begin so" if found else "not known"
         raise UsageError(f"--like {name}: {said}; choose from {', '.join(found or MODELS)}")
