@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tierrun.bench import devices
 from tierrun.bench.cells import Cell, Metric, Results
 from tierrun.bench.devices import Setting, say
 from tierrun.bench.model_bench import Figures, Runner, Told, forget_usage, usage_curve
@@ -17,10 +18,12 @@ from tierrun.bench.model_bound import Rates, drive_bandwidth, measure_rates
 from tierrun.bench.model_plan import Budgets, Case, Plan
 from tierrun.bench.sheets import Sheet, split_keys
 from tierrun.bench.stream import routing_of
+from tierrun.engine.architecture import read_config
 from tierrun.engine.engine import Engine
 from tierrun.io.errors import BudgetError, UsageError
 from tierrun.io.extent import format_bytes
-from tierrun.io.store import Manifest, read_manifest
+from tierrun.io.store import MODEL_DIR, Manifest, read_manifest
+from tierrun.tiers.budget import resolve_ram, resolve_vram
 
 METRICS = (
     Metric("tokens_per_second", "tok/s", 1, 2, True),
@@ -67,6 +70,7 @@ def run_model(request: Request) -> tuple[Results, list[Sheet]]:
         TierrunError: it cannot be measured, or the drive failed; says why.
     """
     manifest, found = read_manifest(request.directories[0]), _Found()
+    _check(request, manifest)
     machine = measure_rates(request.setting.device, 0.0)  # now: engines change torch's threads
     for budgets in request.plan.budgets:
         say(f"--vram {budgets.vram} --ram {budgets.ram}")
@@ -82,6 +86,22 @@ def run_model(request: Request) -> tuple[Results, list[Sheet]]:
         raise UsageError("; ".join(found.left_out))
     results = _results(request, manifest, found)
     return results, [sheet_of(results, request.setting.device)]
+
+
+def _check(request: Request, manifest: Manifest) -> None:
+    """Before anything slow.
+
+    Raises:
+        UsageError: a budget that is not understood, or a test that its context does not hold.
+    """
+    for vram, ram in request.plan.budgets:
+        resolve_ram(devices.budget(ram, manifest), 0)
+        resolve_vram(devices.budget(vram, manifest), request.setting.device)
+    config = read_config(request.directories[0] / MODEL_DIR)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and request.plan.context > longest:
+        tests = ", ".join(test.name for test in request.plan.tests if test.end > longest)
+        raise UsageError(f"{tests or '--learn'}: this model's context ends at {longest}")
 
 
 def _measure(request: Request, budgets: Budgets, rates: Rates, found: _Found) -> None:
