@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -61,31 +61,48 @@ class _Found:
     rates: list[Rates] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     routing: str = ""
+    ended: BaseException | None = None
 
 
-def run_model(request: Request) -> tuple[Results, list[Sheet]]:
-    """Measure; the results, and how to show them.
+class Outcome(NamedTuple):
+    """The results, how to show them, and what ended the run early, if anything did."""
+
+    results: Results
+    sheets: list[Sheet]
+    ended: BaseException | None
+
+
+def run_model(request: Request) -> Outcome:
+    """Measure. Who is told to end (Ctrl-C, SIGTERM) still gives what has been measured until then.
 
     Raises:
         TierrunError: it cannot be measured, or the drive failed; says why.
     """
     manifest, found = read_manifest(request.directories[0]), _Found()
     _check(request, manifest)
+    try:
+        _measure_all(request, found)
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if not found.cells:
+            raise
+        found.ended = ended
+    if not found.cells:
+        raise UsageError("; ".join(found.left_out))
+    results = _results(request, manifest, found)
+    return Outcome(results, [sheet_of(results, request.setting.device)], found.ended)
+
+
+def _measure_all(request: Request, found: _Found) -> None:
     machine = measure_rates(request.setting.device, 0.0)  # now: engines change torch's threads
     for budgets in request.plan.budgets:
         say(f"--vram {budgets.vram} --ram {budgets.ram}")
-        drive = drive_bandwidth(request.directories, _DRIVE_SECONDS)
-        rates = machine._replace(drive=drive)
+        rates = machine._replace(drive=drive_bandwidth(request.directories, _DRIVE_SECONDS))
         found.rates.append(rates)
         try:
             _measure(request, budgets, rates, found)
         except BudgetError as error:
             found.left_out[f"--vram {budgets.vram} --ram {budgets.ram}: {error}"] += 1
         _let_go(request.setting.device)
-    if not found.cells:
-        raise UsageError("; ".join(found.left_out))
-    results = _results(request, manifest, found)
-    return results, [sheet_of(results, request.setting.device)]
 
 
 def _check(request: Request, manifest: Manifest) -> None:
@@ -128,16 +145,16 @@ def _run_all(
     runner.learn()
     for test in plan.tests:
         told = [runner.told(done, rates) for done in runner.run(test)]
+        stats = engine.stats()
+        found.tiers[name] = {
+            "hot_bytes": stats.hot_bytes,
+            "warm_bytes": stats.warm_bytes,
+            "resident_bytes": stats.resident_bytes,
+            "chunk": engine.backend.chunk,
+        }
+        found.curves[name] = usage_curve(engine, CURVE)
         found.cells.append(_cell(test, budgets, told))
         found.by.append(statistics.mode(each.by for each in told))
-    found.curves[name] = usage_curve(engine, CURVE)
-    stats = engine.stats()
-    found.tiers[name] = {
-        "hot_bytes": stats.hot_bytes,
-        "warm_bytes": stats.warm_bytes,
-        "resident_bytes": stats.resident_bytes,
-        "chunk": engine.backend.chunk,
-    }
 
 
 def _cell(test: Case, budgets: Budgets, told: Sequence[Told]) -> Cell:
@@ -198,6 +215,7 @@ def _notes(request: Request, found: _Found) -> list[str]:
         "hot, warm, cold: lookups served by VRAM (or --vram of memory), by RAM, and by a read",
         "GB is 10⁹ bytes, GiB 2³⁰; GB/tok: bytes per token",
         *(f"left out: {reason}" for reason in found.left_out),
+        *(["told to end before all was measured: tests are missing"] if found.ended else []),
     ]
 
 

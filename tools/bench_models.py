@@ -30,7 +30,7 @@ def bench_store(
         Path, typer.Argument(metavar="DIR", help="Gets the store; the directory is made.")
     ],
     like: Annotated[
-        str, typer.Option("--like", help="Whose dimensions; ? lists them.")
+        str, typer.Option("--like", help="Whose dimensions; 'list' lists them.")
     ] = "qwen3.6-35b-a3b",
     codec: Annotated[
         str | None,
@@ -77,7 +77,7 @@ def bench_store(
     from tierrun.bench.synthetic_models import describe as describe_models
 
     console = open_console()
-    if like == "?":
+    if like == "list":
         console.print(describe_models(), highlight=False, markup=False)
         return
     asked = Asked(like, layers, experts, top_k, hidden, intermediate, vocabulary, sigma)
@@ -184,8 +184,10 @@ def bench_model(
         policy=policy,
     )
     with ended_by_signals():
-        results, sheets = run_model(Request(tuple(directories), plan, setting))
-    outputs.deliver(results, sheets, open_console(), old, plot_model)
+        found = run_model(Request(tuple(directories), plan, setting))
+    outputs.deliver(found.results, found.sheets, open_console(), old, plot_model)
+    if found.ended is not None:
+        raise found.ended
 
 
 def bench_pipeline(

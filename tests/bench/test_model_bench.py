@@ -1,6 +1,8 @@
 """`tierrun bench model`: what is measured, what is counted, and that the numbers agree."""
 
 import json
+import os
+import signal
 import statistics
 from pathlib import Path
 from typing import Any
@@ -221,6 +223,26 @@ def test_end_to_end(run: Run, synthetic: Path, tmp_path: Path) -> None:
     assert "verdict" in printed
     code, printed, error = run("compare", old, new, "--metric", "cold")
     assert code == 0 and "cold %: median" in printed, error
+
+
+def test_what_was_measured_survives_the_end(
+    run: Run, synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in the second test: the first is delivered, and the exit code is the signal's."""
+    whole = Runner.run
+
+    def ends(self: Runner, test: Case) -> list[Repetition]:
+        if test.kind == "tg":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, test)
+
+    monkeypatch.setattr(Runner, "run", ends)
+    file = tmp_path / "part.json"
+    store = synthetic / "store"
+    code, printed, error = run("model", store, *QUICK, "--ram", "400KiB", "--json", file)
+    assert code == 128 + signal.SIGTERM, error
+    assert "told to end before all was measured" in printed
+    assert [cell.key["test"] for cell in read_document(file).results.cells] == ["pp8"]
 
 
 def test_refusals_are_one_line(run: Run, synthetic: Path, tmp_path: Path) -> None:

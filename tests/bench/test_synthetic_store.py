@@ -257,7 +257,7 @@ def test_the_command(run: Run, tmp_path: Path) -> None:
     assert (config.num_experts, config.max_position_embeddings) == (4, 40960)
     assert routing_of(config) is Routing.LOCAL
     assert Store.open([tmp_path]).manifest.model_id == "qwen3-30b-a3b"
-    code, printed, _ = run("store", tmp_path / "none", "--like", "?")
+    code, printed, _ = run("store", tmp_path / "none", "--like", "list")
     assert code == 0 and all(name in printed for name in MODELS)
     assert not (tmp_path / "none").exists()
 
