@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 from tierrun.bench.devices import say, synchronise
 from tierrun.bench.model_bound import Rates, bound_of, traffic_of
-from tierrun.bench.model_plan import Case, Plan
+from tierrun.bench.model_plan import SETTLING, Case, Plan
 from tierrun.bench.stream import routing_of, token_stream
 from tierrun.engine.engine import Engine
 from tierrun.engine.sampling import FixedTokens
 from tierrun.tiers.ledger import Counters
 
 _WARM_STEPS = 8
-"""Tokens generated before those of a test's first repetition: graphs are recorded at the first."""
+"""Tokens that a CPU generates before a test's first repetition; a GPU does the whole test once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,8 @@ class Runner:
             if test.kind == "pp":
                 self._prompt(test.depth, test.tokens)
             else:
-                self._generate(test.depth, min(_WARM_STEPS, test.tokens))
+                few = self._device == "cpu"
+                self._generate(test.depth, min(_WARM_STEPS, test.tokens) if few else test.tokens)
         started, done = time.perf_counter(), list[Repetition]()
         while len(done) < self._plan.repetitions:
             run = self._prompt if test.kind == "pp" else self._generate
@@ -101,13 +102,15 @@ class Runner:
         return self._end(tokens, passes, before, started)
 
     def _generate(self, depth: int, tokens: int) -> Repetition:
-        session = self._engine.session()
-        behind, fed = self._next(depth, tokens)
+        session, settling = self._engine.session(), 0 if self._device == "cpu" else SETTLING
+        behind, fed = self._next(depth, settling + tokens)
         if behind:
             session.prefill(behind)
         chooser = FixedTokens(fed)
+        for token in fed[:settling]:
+            session.step(token, chooser)
         before, started = self._begin()
-        for token in fed:
+        for token in fed[settling:]:
             session.step(token, chooser)
         return self._end(tokens, tokens, before, started)
 

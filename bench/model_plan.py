@@ -11,6 +11,10 @@ from typing import NamedTuple
 
 from tierrun.io.errors import UsageError
 
+SETTLING = 2
+"""Tokens that a GPU generates before the clock starts: at the first behind a context the room for
+it may grow, and graphs are recorded anew."""
+
 
 class Case(NamedTuple):
     """A test; `kind` is `pp` (a prompt) or `tg` (text generation)."""
@@ -27,8 +31,8 @@ class Case(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Tokens of context that it needs; one more for what generation begins with."""
-        return self.depth + self.tokens + 1
+        """Tokens of context that it needs."""
+        return self.depth + SETTLING + self.tokens
 
 
 class Budgets(NamedTuple):
@@ -91,12 +95,12 @@ class Plan:
     @property
     def context(self) -> int:
         """The longest context, that of learning included."""
-        return max(*(test.end for test in self.tests), self.learn + 1)
+        return max(*(test.end for test in self.tests), self.learn + SETTLING)
 
     @property
     def stream(self) -> int:
         """Tokens of the stream that every pair of budgets is fed: each repetition its own."""
-        measured = sum((1 + self.repetitions) * test.tokens for test in self.tests)
+        measured = sum((1 + self.repetitions) * (SETTLING + test.tokens) for test in self.tests)
         return max(test.depth for test in self.tests) + self.learn + measured + 2
 
 

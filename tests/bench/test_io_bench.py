@@ -380,7 +380,18 @@ def test_options_may_stand_before_the_command() -> None:
     assert normalise(["-p", "bench"], commands, {"-p"}) == ["run", "-p", "bench"]
 
 
-@pytest.mark.parametrize("command", ["", "--help", "bench", "bench --help", "bench io --help"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("", "--help", "bench", "bench --help", "bench io --help"),
+        *(
+            "bench store --help",
+            "bench model --help",
+            "bench pipeline --help",
+            "bench peers --help",
+        ),
+    ],
+)
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys; from tierrun.tools import cli\n"

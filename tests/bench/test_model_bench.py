@@ -48,7 +48,7 @@ def test_tests_are_named_as_in_llama_bench() -> None:
         *("pp512", "tg128", "tg256"),
         *("pp512 @ d4096", "tg128 @ d4096", "tg256 @ d4096"),
     ]
-    assert made.context == 4096 + 512 + 1
+    assert made.context == 4096 + 512 + 2
     assert [test.kind for test in plan(prompts="0").tests] == ["tg"]
 
 
@@ -260,4 +260,4 @@ def test_refusals_are_one_line(run: Run, synthetic: Path, tmp_path: Path) -> Non
 def test_a_setting_may_name_several_drives(synthetic: Path) -> None:
     with Setting("cpu", "0", "400KiB").load(synthetic / "store") as engine:
         assert engine.device.type == "cpu"
-    assert Case("tg", 4, 0).end == 5
+    assert Case("tg", 4, 0).end == 6
