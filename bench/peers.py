@@ -8,6 +8,8 @@ second arm, with a device map made by hand that leaves only the experts on disk;
 
 llama-bench feeds independent tokens, and nothing else can be fed to it: with it, every arm gets
 such tokens. Without it all get the store's own stream.
+
+(`python -m tierrun.bench.peers` is the same.)
 """
 
 import statistics
@@ -19,6 +21,7 @@ from tierrun.bench.cells import Cell, Metric, Results
 from tierrun.bench.devices import say
 from tierrun.bench.model_bound import drive_bandwidth
 from tierrun.bench.peers_arms import Arm, Killed, Measured, Setting, arms_of
+from tierrun.bench.report import run_script
 from tierrun.bench.rounds import ROWS, Round, spreads
 from tierrun.bench.sheets import Sheet, sheet_of
 from tierrun.io.errors import UsageError
@@ -152,3 +155,14 @@ def _looks_into(found: _Found) -> Iterator[Sheet]:
         if any(arm[figure].largest for arm in arms.values())
     )
     yield Sheet("a token of tierrun: median (least–largest)", ("figure", *arms), rows)
+
+
+def _main() -> None:
+    """As a script it is the command."""
+    from tierrun.tools.bench_models import bench_peers
+
+    run_script(bench_peers)
+
+
+if __name__ == "__main__":
+    _main()

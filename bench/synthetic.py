@@ -16,16 +16,18 @@ no tokenizer) for accelerate.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from tierrun.bench.checkpoint import Shape, build_checkpoint
 from tierrun.bench.stream import routing_of, token_stream
-from tierrun.bench.synthetic_gguf import check_codec, write_gguf
+from tierrun.bench.synthetic_gguf import check_codec, gguf_nbytes, write_gguf
 from tierrun.bench.synthetic_models import Routing
 from tierrun.engine.architecture import read_config
 from tierrun.engine.engine import load
-from tierrun.io.errors import UsageError
+from tierrun.io.errors import DiskFullError, UsageError
+from tierrun.io.extent import format_bytes
 from tierrun.io.store import MODEL_DIR, Manifest
 from tierrun.tiers.usage import top_shares
 from tierrun.tools.convert import convert
@@ -64,15 +66,31 @@ def build_for_peers(
     files = PeerFiles.under(directory)
     if not force and any(path.exists() for path in files):
         raise UsageError(f"{directory} holds a model, or parts of one; use --force to replace it")
+    _remove(files)
     directory.mkdir(parents=True, exist_ok=True)
-    if codec == "bf16":
-        build_checkpoint(files.checkpoint, shape, seed)
-    write_gguf(files.gguf, shape, codec, seed)
-    manifest = convert(
-        files.checkpoint if codec == "bf16" else files.gguf, files.store, force=force
-    )
+    forms = 3 if codec == "bf16" else 2
+    needed, free = forms * gguf_nbytes(shape, codec), shutil.disk_usage(directory).free
+    if free < needed:
+        raise DiskFullError(
+            f"{directory}: {forms} forms of the model need {format_bytes(needed)}, "
+            f"{format_bytes(free)} free"
+        )
+    try:
+        if codec == "bf16":
+            build_checkpoint(files.checkpoint, shape, seed)
+        write_gguf(files.gguf, shape, codec, seed)
+        manifest = convert(files.checkpoint if codec == "bf16" else files.gguf, files.store)
+    except BaseException:  # Ctrl-C too: parts of a model are of no use
+        _remove(files)
+        raise
     _say_routing(files.store / MODEL_DIR / "config.json", routing)
     return manifest
+
+
+def _remove(files: PeerFiles) -> None:
+    files.gguf.unlink(missing_ok=True)
+    for directory in (files.store, files.checkpoint):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _say_routing(path: Path, routing: Routing) -> None:

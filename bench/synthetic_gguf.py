@@ -140,6 +140,21 @@ def _noise(tensor: _Tensor) -> bool:
     return tensor.kind == "noise"
 
 
+def gguf_nbytes(shape: Shape, codec: str) -> int:
+    """What the file's tensors take."""
+    kind = None if codec == "bf16" else _types()[codec]
+    return sum(_nbytes(tensor, kind) for tensor in _tensors(shape))
+
+
+def _nbytes(tensor: _Tensor, kind: _Type | None) -> int:
+    count = math.prod(tensor.shape)
+    if tensor.kind in ("ones", "router"):
+        return 4 * count
+    if kind is None or tensor.kind == "embedding":
+        return 2 * count
+    return count // kind.block * kind.nbytes
+
+
 def write_gguf(path: Path, shape: Shape, codec: str, seed: int = 0) -> None:
     """Write it.
 
@@ -165,15 +180,15 @@ def write_gguf(path: Path, shape: Shape, codec: str, seed: int = 0) -> None:
 
 
 def _announce(writer: gguf.GGUFWriter, tensor: _Tensor, kind: _Type | None) -> None:
-    count, types = math.prod(tensor.shape), gguf.GGMLQuantizationType
+    nbytes = _nbytes(tensor, kind)
     if tensor.kind in ("ones", "router"):
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), 4 * count)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes)
         return
     if kind is None or tensor.kind == "embedding":
-        shape, nbytes, raw = (*tensor.shape[:-1], 2 * tensor.shape[-1]), 2 * count, types.BF16
+        shape, raw = (*tensor.shape[:-1], 2 * tensor.shape[-1]), gguf.GGMLQuantizationType.BF16
     else:
-        nbytes, raw = count // kind.block * kind.nbytes, kind.kind
         shape = (*tensor.shape[:-1], tensor.shape[-1] // kind.block * kind.nbytes)
+        raw = kind.kind
     writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), nbytes, raw)
 
 

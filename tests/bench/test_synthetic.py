@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from tierrun.bench.checkpoint import Shape, build_checkpoint
 from tierrun.bench.stream import routing_of, token_stream
 from tierrun.bench.synthetic import PERCENTS, PeerFiles, build_for_peers, skew
-from tierrun.bench.synthetic_gguf import CODECS
+from tierrun.bench.synthetic_gguf import CODECS, gguf_nbytes, write_gguf
 from tierrun.bench.synthetic_models import Routing
 from tierrun.engine.architecture import read_config
 from tierrun.engine.codecs.weight import matrix_view, widened
 from tierrun.engine.engine import load
-from tierrun.io.errors import UsageError
+from tierrun.io.errors import DiskFullError, UsageError
 from tierrun.io.store import ExpertKey, Store
 from tierrun.tools.convert import convert
 from tierrun.tools.verify import verify
@@ -117,6 +117,25 @@ def test_quantised_weights_are_sane_and_the_same(codec: str, tmp_path: Path) -> 
     matrix = store.manifest.classes[0].matrices[-1]
     ours = widened(matrix_view(torch.frombuffer(bytearray(data), dtype=torch.uint8), matrix))
     assert torch.equal(ours, theirs[3])
+
+
+def test_nothing_is_left_of_half_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(DiskFullError, match="3 forms of the model need"):
+        build_for_peers(tmp_path, replace(LARGER, layers=1000, hidden=1 << 16), "bf16")
+    monkeypatch.setattr("tierrun.bench.synthetic.convert", full)
+    with pytest.raises(OSError):
+        build_for_peers(tmp_path, LARGER, "bf16")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_a_file_takes_is_known_before(codec: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", LARGER, codec)
+    tensors = GGUFReader(tmp_path / "model.gguf").tensors
+    assert sum(int(tensor.n_bytes) for tensor in tensors) == gguf_nbytes(LARGER, codec)
 
 
 def test_a_model_is_replaced_on_request_only(tmp_path: Path) -> None:
