@@ -85,8 +85,11 @@ def _layer_weights(shape: Shape, layer: str) -> Iterator[Weight]:
         yield Weight(path, (shape.hidden, shape.intermediate))
 
 
-class _Maker:
-    """Makes the values of each weight, in order, from one seed."""
+class WeightMaker:
+    """Makes the values of each weight from one seed.
+
+    The embedding and the routers must be made in file order; the others in any.
+    """
 
     def __init__(self, shape: Shape, seed: int) -> None:
         self._shape = shape
@@ -94,7 +97,7 @@ class _Maker:
         noise = [weight for weight in weights(shape) if weight.kind == "noise"]
         size = max(math.prod(weight.shape) for weight in noise) + _STRIDE * len(noise)
         self._buffer = (self._normal(size) * 0.02).to(torch.bfloat16)
-        self._windows = 0
+        self._first = {weight.name: _STRIDE * i for i, weight in enumerate(noise)}
 
     def _normal(self, *size: int) -> torch.Tensor:
         return torch.randn(*size, generator=self._random)
@@ -107,8 +110,7 @@ class _Maker:
             return self._embedding(weight)
         if weight.kind == "router":
             return self._router(weight)
-        first = _STRIDE * self._windows
-        self._windows += 1
+        first = self._first[weight.name]
         return self._buffer[first : first + math.prod(weight.shape)]
 
     def _embedding(self, weight: Weight) -> torch.Tensor:
@@ -132,7 +134,7 @@ def build_checkpoint(directory: Path, shape: Shape, seed: int = 0) -> int:
     directory.mkdir(parents=True, exist_ok=True)
     total = sum(weight.nbytes for weight in weights(shape))
     _check_space(directory, total)
-    maker = _Maker(shape, seed)
+    maker = WeightMaker(shape, seed)
     groups = _shards(shape)
     places: dict[str, str] = {}
     for number, group in enumerate(groups, 1):
@@ -167,7 +169,7 @@ def _shards(shape: Shape) -> list[list[Weight]]:
     return groups
 
 
-def _write_shard(path: Path, group: list[Weight], maker: _Maker) -> None:
+def _write_shard(path: Path, group: list[Weight], maker: WeightMaker) -> None:
     tensors = {weight.name: ("BF16", weight.shape, weight.nbytes) for weight in group}
     header, extents = build_header(tensors, {"format": "pt"})
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -182,8 +184,8 @@ def _write_shard(path: Path, group: list[Weight], maker: _Maker) -> None:
         os.close(descriptor)
 
 
-def config_of(shape: Shape) -> Qwen3MoeConfig:
-    """The configuration of a Qwen3-MoE of that shape."""
+def config_of(shape: Shape, **more: str) -> Qwen3MoeConfig:
+    """The configuration of a Qwen3-MoE of that shape; `more` is written into it as it is."""
     build: Callable[..., Qwen3MoeConfig] = Qwen3MoeConfig  # its stub lacks head_dim
     return build(
         architectures=["Qwen3MoeForCausalLM"],
@@ -201,4 +203,5 @@ def config_of(shape: Shape) -> Qwen3MoeConfig:
         norm_topk_prob=True,
         max_position_embeddings=_CONTEXT,
         tie_word_embeddings=False,
+        **more,
     )

@@ -1,10 +1,11 @@
-"""Decode a fixed token stream on a store, once, in this process: what the other benchmarks run
+"""Decode a fixed token stream on a store, once, in this process: what `tierrun bench peers` runs
 inside a memory cgroup. Prints one JSON document.
 
     python -m tierrun.bench.decode STORE --ram 1GiB --warmup 32 --tokens 32
 
 A prompt of 8 tokens and then `warmup` tokens come first and are not measured: the cache learns from
-them what the stream wants.
+them what the stream wants. Where that is asked for, the second of two longer prompts is measured
+afterwards.
 """
 
 import json
@@ -16,9 +17,11 @@ from typing import Annotated, Any
 
 import typer
 
+from tierrun.bench.model_bench import forget_usage
 from tierrun.bench.peak import peak_rss
 from tierrun.bench.report import run_script
-from tierrun.bench.stream import token_stream
+from tierrun.bench.stream import routing_of, token_stream
+from tierrun.bench.synthetic_models import Routing
 from tierrun.engine.engine import Engine, load
 from tierrun.engine.tokens import TokenRecord
 from tierrun.io.tickets import QueueFigures
@@ -40,6 +43,8 @@ class DecodeRun:
     resident_bytes: int
     warm_bytes: int
     peak_rss: int
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
 
     @property
     def total_seconds(self) -> float:
@@ -60,31 +65,55 @@ class DecodeRun:
         return DecodeRun(**fields)
 
 
-def decode(engine: Engine, load_seconds: float, warmup: int, tokens: int) -> DecodeRun:
-    """Feed the fixed stream; what the last `tokens` of it cost."""
-    records = _records(engine, warmup + tokens)
+def decode(
+    engine: Engine,
+    load_seconds: float,
+    warmup: int,
+    tokens: int,
+    prompt: int = 0,
+    routing: Routing | None = None,
+) -> DecodeRun:
+    """Feed the stream (of the store's routing, if no other is named); what the last `tokens` of it
+    cost, and then a prompt of `prompt`."""
+    stream = _stream(engine, PROMPT_TOKENS + warmup + tokens + 1 + 2 * prompt, routing)
+    records = _records(engine, stream[: PROMPT_TOKENS + warmup + tokens + 1])
     for _ in range(1 + warmup):  # the first record is the prompt's
         next(records)
     counters, timings = engine.ledger.snapshot(), len(engine.ledger.timings)
     queue = engine.queue.figures()
     seconds = [_timed(records) for _ in range(tokens)]
-    stats = engine.stats()
+    decoded = engine.ledger.snapshot() - counters, list(engine.ledger.timings)[timings:]
+    mean_depth, stats = _mean_depth(queue, engine.queue.figures()), engine.stats()
     return DecodeRun(
         load_seconds=load_seconds,
         seconds=seconds,
-        counters=engine.ledger.snapshot() - counters,
-        timings=list(engine.ledger.timings)[timings:],
-        mean_depth=_mean_depth(queue, engine.queue.figures()),
+        counters=decoded[0],
+        timings=decoded[1],
+        mean_depth=mean_depth,
         record_bytes=max(c.nbytes for c in engine.store.manifest.classes),
         resident_bytes=stats.resident_bytes,
         warm_bytes=stats.warm_bytes,
+        prompt_tokens=prompt,
+        prompt_seconds=_prompt_seconds(engine, stream, prompt) if prompt else 0.0,
         peak_rss=peak_rss(),
     )
 
 
-def _records(engine: Engine, steps: int) -> Iterator[TokenRecord]:
-    vocabulary = engine.model.config.get_text_config().vocab_size
-    stream = token_stream(PROMPT_TOKENS + steps + 1, vocabulary)
+def _prompt_seconds(engine: Engine, stream: list[int], count: int) -> float:
+    """Of the last `count` tokens of the stream, after those before them were a prompt too."""
+    engine.session().prefill(stream[-2 * count : -count])
+    session, started = engine.session(), time.perf_counter()
+    session.prefill(stream[-count:])
+    return time.perf_counter() - started
+
+
+def _stream(engine: Engine, count: int, routing: Routing | None) -> list[int]:
+    config = engine.model.config
+    vocabulary: int = config.get_text_config().vocab_size
+    return token_stream(count, vocabulary, routing=routing or routing_of(config))
+
+
+def _records(engine: Engine, stream: list[int]) -> Iterator[TokenRecord]:
     prompt, fixed = stream[:PROMPT_TOKENS], stream[PROMPT_TOKENS:]
     return engine.generate(prompt, len(fixed), fixed=fixed, ignore_eos=True)
 
@@ -103,15 +132,24 @@ def _mean_depth(before: QueueFigures, after: QueueFigures) -> float:
 def main(
     store: Annotated[Path, typer.Argument(help="The store's directory.")],
     ram: Annotated[str, typer.Option(help="Budget for experts.")] = "1GiB",
+    vram: Annotated[str, typer.Option(help="The same in VRAM.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N.")] = "cpu",
     warmup: Annotated[int, typer.Option(help="Tokens before the measured ones.")] = 32,
     tokens: Annotated[int, typer.Option(help="Tokens measured.")] = 32,
+    prompt: Annotated[int, typer.Option(help="Tokens of a measured prompt; 0: none.")] = 0,
+    routing: Annotated[
+        Routing | None, typer.Option(help="Of the stream. Default: the store's.")
+    ] = None,
     lookahead: Annotated[bool, typer.Option(help="Read ahead for the next layer.")] = True,
     threads: Annotated[int, typer.Option(help="0: all cores but one.")] = 0,
 ) -> None:
     """Decode a fixed stream of tokens and print what it cost, as JSON."""
     started = time.perf_counter()
-    with load(store, ram=ram, lookahead=lookahead, threads=threads, device="cpu") as engine:
-        run = decode(engine, time.perf_counter() - started, warmup, tokens)
+    options = dict(ram=ram, vram=vram, device=device, lookahead=lookahead, threads=threads)
+    with load(store, **options) as engine:
+        loaded = time.perf_counter() - started
+        run = decode(engine, loaded, warmup, tokens, prompt, routing)
+        forget_usage(engine)
     print(run.to_json())
 
 

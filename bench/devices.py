@@ -59,8 +59,9 @@ class Setting:
     lanes: str = "gpu"
     policy: str = "lfru"
 
-    def load(self, store: Path) -> Engine:
-        """An engine on `store`; what only a GPU has is left out on the CPU.
+    def load(self, store: Path, *others: Path) -> Engine:
+        """An engine on `store`, with the `other` directories that it lies in; what only a GPU has
+        is left out on the CPU.
 
         Raises:
             TierrunError: as `tierrun.load`.
@@ -79,7 +80,7 @@ class Setting:
         if self.device != "cpu":
             options |= {"compile": self.compile, "graphs": self.graphs, "exact": self.exact}
             options["lanes"] = self.lanes
-        return load(store, **options)
+        return load([store, *others], **options)
 
 
 def budget(text: str, manifest: Manifest) -> str:

@@ -1,5 +1,5 @@
 """Decode the fixed token stream with transformers and accelerate's disk offload, once, in this
-process: the other arm of `tierrun.bench.peers`. Prints one JSON document.
+process: an arm of `tierrun bench peers`. Prints one JSON document.
 
 Two device maps: `auto` is accelerate's own choice for `max_memory`; `experts` is made by hand, as
 good as it gets: everything in memory except the experts.
@@ -22,6 +22,7 @@ from tierrun.bench.decode import PROMPT_TOKENS
 from tierrun.bench.peak import peak_rss
 from tierrun.bench.report import run_script
 from tierrun.bench.stream import token_stream
+from tierrun.bench.synthetic_models import Routing
 from tierrun.engine.architecture import build_meta, experts_modules, read_config
 
 
@@ -79,14 +80,16 @@ def _experts_on_disk(checkpoint: Path) -> dict[str, str]:
     return dict.fromkeys(rest, "cpu") | dict.fromkeys(experts, "disk")
 
 
-def decode(model: Any, warmup: int, tokens: int) -> tuple[list[float], float]:
+def decode(
+    model: Any, warmup: int, tokens: int, routing: Routing = Routing.SEED
+) -> tuple[list[float], float]:
     """Seconds of each of `tokens` tokens, and bytes read from the drive per token.
 
     Prompt and warm-up go before them a few tokens at a time: `batched_mm` copies the experts of
     every token, and is killed with a long prompt.
     """
     prompt = PROMPT_TOKENS + warmup
-    stream = token_stream(prompt + tokens, model.config.vocab_size)
+    stream = token_stream(prompt + tokens, model.config.vocab_size, routing=routing)
     cache, seconds = None, []
     with torch.inference_mode():
         for first in range(0, prompt, PROMPT_TOKENS):
@@ -118,14 +121,18 @@ def main(
     implementation: Annotated[str, typer.Option(help="Of the experts.")] = "batched_mm",
     warmup: Annotated[int, typer.Option(help="Tokens of the stream in the prompt.")] = 32,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens measured.")] = 4,
+    routing: Annotated[Routing, typer.Option(help="Of the stream.")] = Routing.SEED,
+    threads: Annotated[int, typer.Option(help="0: torch's own choice.")] = 0,
 ) -> None:
     """Decode a fixed stream of tokens with accelerate's disk offload; prints JSON."""
     quiet: Callable[[], None] = logging.disable_progress_bar
     quiet()
+    if threads:
+        torch.set_num_threads(threads)
     started = time.perf_counter()
     model = load(checkpoint, offload, map_, ram, implementation)
     load_seconds = time.perf_counter() - started
-    seconds, read_bytes = decode(model, warmup, tokens)
+    seconds, read_bytes = decode(model, warmup, tokens, routing)
     places = [str(place) for place in model.hf_device_map.values()]
     run = OffloadedRun(
         load_seconds, seconds, read_bytes, peak_rss(), places.count("disk"), places.count("cpu")

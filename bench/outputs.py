@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +41,14 @@ class Outputs:
         return None if self.compare_with is None else read_document(self.compare_with)
 
     def deliver(
-        self, results: Results, sheets: Sequence[Sheet], console: Console, old: Saved | None
+        self,
+        results: Results,
+        sheets: Sequence[Sheet],
+        console: Console,
+        old: Saved | None,
+        draw: Callable[[Results, Path], None] = plot_results,
     ) -> None:
-        """Print `results` as `sheets`, write the files, compare with `old`.
+        """Print `results` as `sheets`, write the files, compare with `old`; `draw` plots them.
 
         Raises:
             UsageError: a file cannot be written, or the two results cannot be compared.
@@ -57,7 +62,7 @@ class Outputs:
         if self.md_file is not None:
             _write(self.md_file, _markdown(sheets, results.notes, made["command"]))
         if self.plot_file is not None:
-            plot_results(results, self.plot_file)
+            draw(results, self.plot_file)
         if old is not None:
             show_comparison(compare(old, Saved.of("this run", made)), console)
 

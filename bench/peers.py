@@ -1,210 +1,168 @@
-"""tierrun against accelerate's disk offload: the same checkpoint, tokens, memory cgroup and drive.
+"""`tierrun bench peers`: side by side with llama.cpp and accelerate, on the same synthetic weights.
 
-    python -m tierrun.bench.peers SYNTHETIC
+The directory has the model in every form (`tierrun bench store --peers`). Every arm is a fresh
+process, with `memory` in a memory cgroup of its own (page cache included), from a cold page cache;
+arms take turns. accelerate runs with `device_map="auto"` and the budget as `max_memory`, and, as a
+second arm, with a device map made by hand that leaves only the experts on disk; both with
+`batched_mm` experts, the fastest of transformers' implementations here. Loading is not counted.
 
-Every arm is a fresh process in a memory cgroup of its own, from a cold page cache. accelerate gets
-`device_map="auto"` with the budget as `max_memory`, and, as a second arm, a device map made by hand
-that leaves only the experts on disk; both with `batched_mm` experts, the fastest of transformers'
-implementations here. Load time is not counted. All arms decode the same stream at the same
-positions, accelerate fewer tokens of it, because it is slow. Where accelerate does not survive in
-the cgroup, the cgroup grows for all arms, and that is said.
+llama-bench feeds independent tokens, and nothing else can be fed to it: with it, every arm gets
+such tokens. Without it all get the store's own stream.
+
+(`python -m tierrun.bench.peers` is the same.)
 """
 
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-import typer
-from rich.console import Console
-from rich.table import Table
+from tierrun.bench.cells import Cell, Metric, Results
+from tierrun.bench.devices import say
+from tierrun.bench.model_bound import drive_bandwidth
+from tierrun.bench.peers_arms import Arm, Killed, Measured, Setting, arms_of
+from tierrun.bench.report import run_script
+from tierrun.bench.rounds import ROWS, Round, spreads
+from tierrun.bench.sheets import Sheet, sheet_of
+from tierrun.io.errors import UsageError
+from tierrun.io.extent import format_bytes
 
-from tierrun.bench.cgroup import drop_caches, memory_cgroup
-from tierrun.bench.decode import DecodeRun
-from tierrun.bench.offloaded import Map, OffloadedRun
-from tierrun.bench.report import Spread, document, emit, open_console, run_script, spread
-from tierrun.io.errors import TierrunError, UsageError
-from tierrun.io.extent import format_bytes, parse_bytes
+METRICS = (
+    Metric("tokens_per_second", "tok/s", 1, 2, True),
+    Metric("peak_bytes", "peak GiB", 2**-30, 2, False),
+    Metric("seconds", "whole run s", 1, 1, False),
+)
 
-AIM = 5.0
-"""Times the tokens per second of the faster accelerate arm."""
-
-_GROWTH = (1.0, 1.5, 2.0, 3.0, 4.0)
-"""Sizes of the cgroup to try, in multiples of the first."""
+_DRIVE_SECONDS = 0.9
 
 
-class Setting(NamedTuple):
-    """What all arms share; `memory` in bytes."""
+@dataclass(slots=True)
+class _Found:
+    """By arm and test the samples, by arm why it did not run, and the runs of ours."""
 
-    directory: Path
-    memory: int
-    ram: str
-    warmup: int
-    tokens: int
-    peer_tokens: int
+    samples: dict[tuple[str, str], list[Measured]] = field(default_factory=dict)
+    killed: dict[str, str] = field(default_factory=dict)
+    ours: dict[str, list[Round]] = field(default_factory=dict)
 
 
-class Result(NamedTuple):
-    """One run of one arm."""
-
-    tokens_per_second: float
-    read_bytes: float
-    peak_rss: int
-    load_seconds: float
-
-
-def run_inside(memory: int, arguments: Sequence[str]) -> str | None:
-    """The last line that `python -m arguments` printed in a cgroup; None if it was killed.
+def run_peers(setting: Setting, rounds: int) -> tuple[Results, list[Sheet]]:
+    """`rounds` rounds of all arms, alternating; the results, and how to show them.
 
     Raises:
-        TierrunError: it failed in any other way.
+        TierrunError: an arm cannot be run, or fails otherwise than for want of memory.
     """
-    drop_caches()
-    with memory_cgroup(memory) as cgroup:
-        command = cgroup.command([sys.executable, "-m", *arguments])
-        run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        killed = cgroup.usage().killed
-    if run.returncode == 0:
-        return run.stdout.strip().splitlines()[-1]
-    if killed or run.returncode == -9:
-        return None
-    raise TierrunError(f"{arguments[0]} ended with {run.returncode}")
-
-
-def run_tierrun(setting: Setting) -> Result:
-    """One run of ours."""
-    numbers = ["--warmup", str(setting.warmup), "--tokens", str(setting.tokens)]
-    store = str(setting.directory / "store")
-    line = run_inside(
-        setting.memory, ["tierrun.bench.decode", store, "--ram", setting.ram, *numbers]
-    )
-    if line is None:
-        raise TierrunError(f"tierrun was killed in {format_bytes(setting.memory)}")
-    run = DecodeRun.from_json(line)
-    reads = run.counters.read_bytes / len(run.seconds)
-    return Result(run.tokens_per_second, reads, run.peak_rss, run.load_seconds)
-
-
-def run_accelerate(setting: Setting, map_: Map) -> Result | None:
-    """One run of accelerate's; None if it was killed for want of memory."""
-    offload = Path(tempfile.mkdtemp(prefix="offload-", dir=setting.directory))
-    numbers = ["--warmup", str(setting.warmup), "--tokens", str(setting.peer_tokens)]
-    checkpoint = str(setting.directory / "checkpoint")
-    options = ["--map", map_.value, "--ram", setting.ram, *numbers]
-    try:
-        line = run_inside(
-            setting.memory, ["tierrun.bench.offloaded", checkpoint, str(offload), *options]
-        )
-    finally:
-        shutil.rmtree(offload)
-    if line is None:
-        return None
-    run = OffloadedRun.from_json(line)
-    return Result(run.tokens_per_second, run.read_bytes, run.peak_rss, run.load_seconds)
-
-
-def find_memory(setting: Setting, console: Console) -> tuple[Setting, Result]:
-    """The smallest cgroup in which accelerate's own device map runs, and its first result there.
-
-    Raises:
-        TierrunError: it runs in none of them.
-    """
-    for growth in _GROWTH:
-        grown = setting._replace(memory=int(setting.memory * growth))
-        result = run_accelerate(grown, Map.AUTO)
-        if result is not None:
-            return grown, result
-        console.print(f"accelerate was killed in {format_bytes(grown.memory)}; all arms get more")
-    raise TierrunError(f"accelerate was killed even in {format_bytes(grown.memory)}")
-
-
-def measure(
-    setting: Setting, rounds: int, console: Console
-) -> tuple[Setting, dict[str, list[Result]]]:
-    """`rounds` rounds of all arms, alternating."""
-    setting, first = find_memory(setting, console)
-    arms: dict[str, list[Result]] = {"accelerate, auto": [first]}
+    arms, found = arms_of(setting), _Found()
     for number in range(rounds):
-        if number:
-            _add(arms, "accelerate, auto", run_accelerate(setting, Map.AUTO), console)
-        _add(arms, "tierrun", run_tierrun(setting), console)
-        _add(arms, "accelerate, experts", run_accelerate(setting, Map.EXPERTS), console)
-    return setting, arms
+        for arm in arms:
+            if arm.name not in found.killed:
+                say(f"round {number + 1} of {rounds}: {arm.name}")
+                _run(arm, setting, found)
+    if not found.samples:
+        raise UsageError("; ".join(f"{name}: {why}" for name, why in found.killed.items()))
+    results = _results(setting, arms, rounds, found)
+    return results, [sheet_of(results), *_looks_into(found)]
 
 
-def _add(arms: dict[str, list[Result]], name: str, result: Result | None, console: Console) -> None:
-    if result is None:
-        console.print(f"{name}: killed for want of memory")
+def _run(arm: Arm, setting: Setting, found: _Found) -> None:
+    before = _drive(arm, setting)
+    try:
+        ran = arm.run(setting)
+    except Killed as error:
+        say(f"{arm.name}: {error}")
+        found.killed[arm.name] = str(error)
         return
-    arms.setdefault(name, []).append(result)
-    console.print(f"{name}: {result.tokens_per_second:.2f} tok/s")
+    for test, measured in ran.tests.items():
+        say(f"{arm.name}, {test}: {measured.tokens_per_second:.2f} tok/s")
+        found.samples.setdefault((arm.name, test), []).append(measured)
+    if ran.decode is not None and ran.decode.timings and setting.device == "cpu":
+        bandwidths = before, _drive(arm, setting)
+        done = Round(ran.decode, ran.peak_bytes if setting.memory else 0, bandwidths)
+        found.ours.setdefault(arm.name, []).append(done)
 
 
-def _spreads(results: list[Result]) -> dict[str, Spread]:
-    return {name: spread([getattr(r, name) for r in results]) for name in Result._fields}
+def _drive(arm: Arm, setting: Setting) -> float:
+    """What the drive gives; nobody asks beside an arm of others."""
+    return drive_bandwidth([setting.files.store], _DRIVE_SECONDS) if arm.is_ours else 0.0
 
 
-def _table(setting: Setting, arms: dict[str, dict[str, Spread]]) -> Table:
-    table = Table(
-        title=f"cgroup of {format_bytes(setting.memory)}, budget {setting.ram}; "
-        "median (least–largest)"
-    )
-    table.add_column("")
-    for name in ("tok/s", "GB read per token", "peak RSS, MiB", "load, s"):
-        table.add_column(name, justify="right")
-    for name, arm in arms.items():
-        table.add_row(
-            name,
-            arm["tokens_per_second"].text(),
-            arm["read_bytes"].text(scale=1e-9),
-            arm["peak_rss"].text(0, scale=2**-20),
-            arm["load_seconds"].text(1),
+def _results(setting: Setting, arms: Sequence[Arm], rounds: int, found: _Found) -> Results:
+    cells = tuple(
+        Cell(
+            {"arm": arm, "test": test},
+            {m.name: tuple(float(getattr(x, m.name)) for x in runs) for m in METRICS},
         )
-    return table
-
-
-def main(
-    directory: Annotated[Path, typer.Argument(help="From tierrun.bench.synthetic.")],
-    memory: Annotated[str, typer.Option(help="Limit of the cgroup.")] = "2GiB",
-    ram: Annotated[str, typer.Option(help="Budget for experts; max_memory.")] = "1GiB",
-    warmup: Annotated[int, typer.Option(help="Tokens before the measured ones.")] = 32,
-    tokens: Annotated[int, typer.Option(help="Tokens measured of tierrun.")] = 32,
-    peer_tokens: Annotated[int, typer.Option(help="Tokens measured of accelerate.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="Of all arms.")] = 2,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the JSON document here.")
-    ] = None,
-) -> None:
-    """Compare tokens per second with accelerate's disk offload."""
-    for part in ("checkpoint", "store"):
-        if not (directory / part).is_dir():
-            raise UsageError(f"{directory} has no {part}; make it with tierrun.bench.synthetic")
-    console = open_console()
-    asked = Setting(directory, parse_bytes(memory), ram, warmup, tokens, peer_tokens)
-    setting, results = measure(asked, rounds, console)
-    arms = {name: _spreads(runs) for name, runs in results.items()}
-    console.print(_table(setting, arms))
-    rates = {name: arm["tokens_per_second"].median for name, arm in arms.items()}
-    ours = rates.pop("tierrun")
-    ratios = {name: ours / rate for name, rate in rates.items()}
-    for name, ratio in ratios.items():
-        console.print(f"tierrun / {name}: [bold]{ratio:.1f}[/bold]")
-    document_ = {
-        "memory_bytes": setting.memory,
-        "ram": ram,
-        "arms": {
-            name: {figure: value._asdict() for figure, value in arm.items()}
-            for name, arm in arms.items()
-        },
-        "ratios": ratios,
-        "verdict": {"fast_enough": min(ratios.values()) >= AIM},
+        for (arm, test), runs in found.samples.items()
+    )
+    about: dict[str, Any] = {
+        "directory": str(setting.directory),
+        "memory_bytes": setting.memory or 0,
+        "ram": setting.ram,
+        "vram": setting.vram,
+        "device": setting.device,
+        "threads": setting.threads,
+        "routing": setting.stream,
+        "warmup_tokens": setting.warmup,
+        "rounds": rounds,
     }
-    results_json: dict[str, Any] = document("peers", document_)
-    emit(results_json, json_file)
+    details = {
+        "killed": found.killed,
+        "commands": {arm.name: arm.command(setting) for arm in arms},
+        "tierrun": {
+            name: {key: value._asdict() for key, value in spreads(done).items()}
+            for name, done in found.ours.items()
+        },
+    }
+    return Results("peers", METRICS, cells, about, tuple(_notes(setting, found)), details)
+
+
+def _notes(setting: Setting, found: _Found) -> Iterator[str]:
+    yield from _ratios(found)
+    yield from (f"{name}: {why}" for name, why in found.killed.items())
+    cap = "without a memory cap"
+    if setting.memory is not None:
+        cap = f"in a memory cgroup of {format_bytes(setting.memory)}, page cache included"
+    yield (
+        f"every arm a process of its own, {cap}, in turns; {setting.cold}; budget --ram "
+        f"{setting.ram}"
+    )
+    kind = "independent, as llama-bench's are" if setting.llama_bench else "the store's own stream"
+    yield f"tokens: {kind} (routing {setting.stream}); tierrun decodes {setting.warmup} before tg"
+    threads = setting.threads or "each program's own default"
+    yield f"threads: {threads}. GiB is 2³⁰ bytes, of the whole cgroup where there is one, else RSS"
+
+
+def _ratios(found: _Found) -> Iterator[str]:
+    """tierrun over each other arm, of the medians."""
+    rates = {
+        key: statistics.median(run.tokens_per_second for run in runs)
+        for key, runs in found.samples.items()
+    }
+    for (arm, test), rate in rates.items():
+        kind = test[:2]
+        ours = [r for (name, other), r in rates.items() if name == "tierrun" and other[:2] == kind]
+        if arm != "tierrun" and ours:
+            yield f"{kind}: tierrun / {arm}: {ours[0] / rate:.2f}"
+
+
+def _looks_into(found: _Found) -> Iterator[Sheet]:
+    """A column for each arm of ours: where its time goes, and the ledger's bounds."""
+    if not found.ours:
+        return
+    arms = {name: spreads(done) for name, done in found.ours.items()}
+    rows = tuple(
+        (label, *(arm[figure].text(digits, scale) for arm in arms.values()))
+        for label, figure, scale, digits in ROWS
+        if any(arm[figure].largest for arm in arms.values())
+    )
+    yield Sheet("a token of tierrun: median (least–largest)", ("figure", *arms), rows)
+
+
+def _main() -> None:
+    """As a script it is the command."""
+    from tierrun.tools.bench_models import bench_peers
+
+    run_script(bench_peers)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    _main()

@@ -57,6 +57,17 @@ def plot_results(results: Results, file: Path) -> None:
     axes[0][0].set_ylabel(results.metrics[0].label)
     _scale(axes[0][0], [cell.spread(results.metrics[0]).median for cell in results.cells])
     figure.suptitle(in_words(common) or results.benchmark, fontsize=10)
+    save_figure(figure, file)
+
+
+def save_figure(figure: Any, file: Path) -> None:
+    """Write it, and let go of it.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    from matplotlib import pyplot
+
     figure.tight_layout()
     try:
         figure.savefig(file, dpi=150, bbox_inches="tight")

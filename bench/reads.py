@@ -90,7 +90,7 @@ def _as_json(row: Figures) -> dict[str, Any]:
 
 
 def main(
-    store: Annotated[Path, typer.Argument(help="From tierrun.bench.synthetic.")],
+    store: Annotated[Path, typer.Argument(help="From tierrun bench store.")],
     depth: Annotated[int, typer.Option(help="Parts in flight.")] = DEFAULT_DEPTH,
     part: Annotated[int, typer.Option(help="Bytes of a part.")] = PART_BYTES,
     reader: Annotated[str, typer.Option(help="direct, mmap, buffered or gds.")] = "direct",

@@ -1,9 +1,13 @@
-"""One run of `tierrun.bench.larger_than_memory`, and the figures that its table shows."""
+"""One run of tierrun in `tierrun bench peers`, and the figures of the table that looks into it.
+
+The *bound without foresight* is the sum over layers of [resident compute + max(that layer's reads
+at the drive's bandwidth, its hits' compute)]; the *bound with foresight* is the larger of all reads
+and all compute.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tierrun.bench.cgroup import CgroupUsage
 from tierrun.bench.decode import DecodeRun
 from tierrun.bench.report import Spread, spread
 from tierrun.tiers.ledger import bound_seconds
@@ -20,12 +24,11 @@ _PER_TOKEN = (
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One run, the cgroup it ran in, and the drive's bandwidth before and after it."""
+    """One run, the most its cgroup had (0: there was none), and the drive's bandwidth before and
+    after it."""
 
-    lookahead: bool
     run: DecodeRun
-    cgroup: CgroupUsage
-    fio_depth: int
+    cgroup_peak: int
     bandwidths: tuple[float, float]
 
     @property
@@ -60,8 +63,7 @@ class Round:
             **{name: getattr(counters, name) / len(run.seconds) for name in _PER_TOKEN},
             "read_bandwidth": counters.read_bytes / run.total_seconds,
             "mean_depth": run.mean_depth,
-            "fio_depth": self.fio_depth,
-            "fio_bandwidth": self.bandwidth,
+            "drive_bandwidth": self.bandwidth,
         }
 
     def _memory(self) -> dict[str, float]:
@@ -69,8 +71,7 @@ class Round:
         return {
             "peak_rss": run.peak_rss,
             "rss_limit": run.resident_bytes + run.warm_bytes + RUNTIME_BYTES,
-            "cgroup_peak": self.cgroup.peak_bytes,
-            "cgroup_limit_hits": self.cgroup.limit_hits,
+            "cgroup_peak": self.cgroup_peak,
         }
 
 
@@ -104,7 +105,7 @@ ROWS: tuple[tuple[str, str, float, int], ...] = (
     ("read per token, GB", "read_bytes", 1e-9, 3),
     ("read bandwidth, GB/s of all time", "read_bandwidth", 1e-9, 2),
     ("records in flight, mean", "mean_depth", 1, 2),
-    ("fio bandwidth, GB/s", "fio_bandwidth", 1e-9, 2),
+    ("drive, random direct reads, GB/s", "drive_bandwidth", 1e-9, 2),
     ("peak RSS, MiB", "peak_rss", 2**-20, 0),
     ("  allowed, MiB", "rss_limit", 2**-20, 0),
     ("cgroup peak, MiB", "cgroup_peak", 2**-20, 0),

@@ -14,6 +14,7 @@ from tierrun.io.extent import format_bytes
 LEFT = (
     *("reader", "pattern", "directory", "to", "verdict"),
     *("test", "layer", "codec", "device", "kernel"),
+    *("vram", "ram", "by", "path", "load", "arm"),
 )
 """Columns of words; all others are numbers, which stand to the right."""
 

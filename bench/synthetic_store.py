@@ -6,30 +6,28 @@ resident matrices and the experts hold random codes (`tierrun.bench.random_weigh
 distinct records serve all experts, each of which has a place of its own: speed does not depend on
 what they hold, and the store is made as fast as the disk takes it.
 
-    python -m tierrun.bench.synthetic_store STORE --like qwen3.6-35b --codec q4_k
+    tierrun bench store STORE --like qwen3.6-35b-a3b --codec q4_k
+
+(`python -m tierrun.bench.synthetic_store` is the same.)
 """
 
 import errno
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
-import typer
 from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
 import tierrun
 from tierrun.bench.checkpoint import Shape, Weight, config_of
 from tierrun.bench.random_weights import generator, matrix_bytes, weight_bytes
-from tierrun.bench.report import open_console, run_script
+from tierrun.bench.report import run_script
 from tierrun.bench.store_plan import (
     DataFile,
     StorePlan,
@@ -38,7 +36,7 @@ from tierrun.bench.store_plan import (
     stored_dtype,
     stored_nbytes,
 )
-from tierrun.bench.synthetic import PERCENTS, skew
+from tierrun.bench.synthetic_models import Routing
 from tierrun.io.errors import DiskFullError, UsageError
 from tierrun.io.extent import Extent, format_bytes
 from tierrun.io.store import (
@@ -57,19 +55,6 @@ DISTINCT_RECORDS = 64
 
 _OURS = re.compile(r"^(experts|resident)-\d{5}-of-\d{5}\.safetensors$")
 _THREADS = min(16, os.cpu_count() or 1)
-
-
-class Like(StrEnum):
-    """Models whose dimensions a store can have."""
-
-    QWEN3_6_35B = "qwen3.6-35b"
-    QWEN3_30B = "qwen3-30b"
-
-
-SHAPES = {
-    Like.QWEN3_6_35B: Shape(40, 256, 8, 2048, 512, 32, 4, 128, 32000, sigma=0.95),
-    Like.QWEN3_30B: Shape(48, 128, 8, 2048, 768, 32, 4, 128, 32000, sigma=1.35),
-}
 
 
 class _Made(NamedTuple):
@@ -92,8 +77,12 @@ def build_store(
     seed: int = 0,
     *,
     force: bool = False,
+    name: str = "synthetic",
+    routing: Routing = Routing.SEED,
 ) -> Manifest:
     """Write the store of a Qwen3-MoE of `shape`, its experts in `codec`; `force` replaces one.
+
+    It says its `name`, and for which `routing` it was made: benchmarks feed it tokens accordingly.
 
     Raises:
         UsageError: dimensions that the codec cannot pack, a store there already, or a directory
@@ -105,13 +94,14 @@ def build_store(
     with _disk_errors(directory, plan.nbytes):
         directory.mkdir(parents=True, exist_ok=True)
         _clear(directory, plan.nbytes, force)
-        config_of(shape).save_pretrained(directory / MODEL_DIR)
+        config_of(shape, tierrun_routing=routing).save_pretrained(directory / MODEL_DIR)
         with ThreadPoolExecutor(_THREADS) as pool:
             checksums = _write_residents(pool, directory, plan, seed)
             records = _make_records(pool, plan, seed)
             _write_experts(pool, directory, plan, records)
-        identity = repr((shape, codec, resident_codec, seed)).encode()
-        manifest = _manifest(plan, checksums, records, xxh3_128_hexdigest(identity))
+        identity = repr((shape, codec, resident_codec, seed, name, str(routing))).encode()
+        fingerprint = xxh3_128_hexdigest(identity)
+        manifest = _manifest(plan, checksums, records, fingerprint, name)
         publish(manifest, [directory])
     return manifest
 
@@ -227,11 +217,15 @@ def _chosen(key: ExpertKey, records: Sequence[_Made]) -> _Made:
 
 
 def _manifest(
-    plan: StorePlan, checksums: dict[str, int], records: Sequence[_Made], fingerprint: str
+    plan: StorePlan,
+    checksums: dict[str, int],
+    records: Sequence[_Made],
+    fingerprint: str,
+    name: str,
 ) -> Manifest:
     return Manifest(
         tool=f"tierrun {tierrun.__version__}",
-        model_id="synthetic",
+        model_id=name,
         architecture=config_of(plan.shape).model_type,
         fingerprint=fingerprint,
         classes=(plan.record,),
@@ -260,47 +254,12 @@ def _resident(plan: StorePlan, weight: Weight, checksums: dict[str, int]) -> Res
     return Resident(weight.name, 0, dtype, weight.shape, extent, checksums[weight.name])
 
 
-def main(
-    store: Annotated[Path, typer.Argument(help="Gets the store; its directory is made.")],
-    like: Annotated[Like, typer.Option(help="Whose dimensions.")] = Like.QWEN3_6_35B,
-    codec: Annotated[str, typer.Option(help="Of the experts: q4_k, q8_0, bf16, …")] = "q4_k",
-    resident_codec: Annotated[str, typer.Option(help="Of attention and output head.")] = "q4_k",
-    layers: Annotated[int | None, typer.Option(help="Instead of the model's.")] = None,
-    experts: Annotated[int | None, typer.Option(help="Per layer.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Experts per token.")] = None,
-    hidden: Annotated[int | None, typer.Option(help="Hidden size.")] = None,
-    intermediate: Annotated[int | None, typer.Option(help="An expert's size.")] = None,
-    vocabulary: Annotated[int | None, typer.Option(help="Tokens known.")] = None,
-    sigma: Annotated[float | None, typer.Option(help="Skew of the experts' popularity.")] = None,
-    seed: Annotated[int, typer.Option(help="Of all weights.")] = 0,
-    force: Annotated[bool, typer.Option(help="Replace a store that is there.")] = False,
-    tokens: Annotated[int, typer.Option(help="Prompt that counts the skew; 0: none.")] = 0,
-) -> None:
-    """Write a synthetic store, as fast as the disk takes it."""
-    asked = dict(layers=layers, experts=experts, top_k=top_k, hidden=hidden)
-    asked |= dict(intermediate=intermediate, vocabulary=vocabulary)
-    numbers = {name: number for name, number in asked.items() if number is not None}
-    shape = replace(SHAPES[like], **numbers)
-    if sigma is not None:
-        shape = replace(shape, sigma=sigma)
-    started = time.perf_counter()
-    manifest = build_store(store, shape, codec, resident_codec, seed, force=force)
-    _print(store, shape, manifest, time.perf_counter() - started, tokens)
+def _run() -> None:
+    """As a script it is the command."""
+    from tierrun.tools.bench_models import bench_store
 
-
-def _print(store: Path, shape: Shape, manifest: Manifest, seconds: float, tokens: int) -> None:
-    console = open_console()
-    nbytes = manifest.expert_bytes + manifest.resident_bytes
-    console.print(
-        f"{store}: {manifest.num_experts} experts, {format_bytes(manifest.expert_bytes)}, "
-        f"resident {format_bytes(manifest.resident_bytes)}, {seconds:.1f} s, "
-        f"{nbytes / seconds / 1e9:.2f} GB/s"
-    )
-    if tokens:
-        curve = skew(store, tokens, shape.vocabulary)
-        parts = (f"{p:.0f} % {s:.0%}" for p, s in zip(PERCENTS, curve, strict=True))
-        console.print(f"share of activations that the top experts take: {', '.join(parts)}")
+    run_script(bench_store)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    _run()

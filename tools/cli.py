@@ -24,6 +24,7 @@ from tierrun.tools.arguments import (
     store_directories,
 )
 from tierrun.tools.bench import bench_app
+from tierrun.tools.bench_models import add_model_commands
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 
 
+add_model_commands(bench_app)
 app.add_typer(bench_app, name="bench")
 
 

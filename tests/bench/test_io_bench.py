@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.bench.conftest import Run, refused
 from tests.fakes import Experts, tiny_store
 from tests.kvikios import CompatMode, FakeKvikio
 
@@ -30,7 +31,6 @@ from tierrun.io.errors import TierrunError, UsageError
 from tierrun.io.extent import PAGE
 from tierrun.io.measuring import Place
 from tierrun.io.reader import choose_reader
-from tierrun.tools import cli
 from tierrun.tools.arguments import normalise
 
 MIB = 1 << 20
@@ -304,23 +304,6 @@ def test_agreement(ours: list[float], theirs: list[float], verdict: str, source:
 
 # -- the command ------------------------------------------------------------------------------
 
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`tierrun bench` with some arguments: exit code, stdout, stderr."""
-
-    def bench(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tierrun", "bench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        code, printed = ended.value.code, capsys.readouterr()
-        return code if isinstance(code, int) else 0, printed.out, printed.err
-
-    return bench
-
-
 IO = ("io", "--size", "4MiB", "--sizes", "16KiB", "--depths", "2", "--duration", "0.01")
 
 
@@ -353,13 +336,6 @@ def test_a_store_is_only_read(run: Run, tmp_path: Path) -> None:
     assert code == 0, error
     assert "the store of tiny/store" in printed and "16 KiB" in printed
     assert {path: path.read_bytes() for path in (tmp_path / "store").iterdir()} == before
-
-
-def refused(run: Run, *arguments: object) -> str:
-    code, printed, error = run(*arguments)
-    assert code in (1, 2) and printed == ""
-    assert error.startswith("tierrun: ") and error.count("\n") == 1
-    return error
 
 
 def test_refusals_are_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,7 +380,18 @@ def test_options_may_stand_before_the_command() -> None:
     assert normalise(["-p", "bench"], commands, {"-p"}) == ["run", "-p", "bench"]
 
 
-@pytest.mark.parametrize("command", ["", "--help", "bench", "bench --help", "bench io --help"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("", "--help", "bench", "bench --help", "bench io --help"),
+        *(
+            "bench store --help",
+            "bench model --help",
+            "bench pipeline --help",
+            "bench peers --help",
+        ),
+    ],
+)
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys; from tierrun.tools import cli\n"

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from tierrun.bench.cgroup import CgroupUsage
 from tierrun.bench.decode import DecodeRun
 from tierrun.bench.report import document, spread
 from tierrun.bench.rounds import ROWS, RUNTIME_BYTES, Round, spreads
@@ -21,7 +20,7 @@ TIMINGS = [
 def _round(bandwidths: tuple[float, float] = (900.0, 1100.0)) -> Round:
     counters = Counters(warm=12, cold=4, read_bytes=70, wait_seconds=0.03, ahead_useful=2)
     run = DecodeRun(0.5, [0.1, 0.05], counters, TIMINGS, 1.5, 10, 1000, 2000, 3000)
-    return Round(True, run, CgroupUsage(1 << 20, 1 << 19, 3, 0), 2, bandwidths)
+    return Round(run, 1 << 19, bandwidths)
 
 
 def test_the_bounds() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import typer
-from rich.console import Console
 from typer.testing import CliRunner
 
 from tierrun.bench import (
@@ -19,18 +18,11 @@ from tierrun.bench import (
     gpu_soak,
     gpu_timeline,
     kernels_matmul,
-    larger_than_memory,
     offloaded,
-    peers,
     reads,
-    synthetic,
-    synthetic_store,
 )
-from tierrun.bench.cgroup import obstacle
 from tierrun.bench.demand import Arm, Demander, open_queue
-from tierrun.bench.peers import Result, Setting
 from tierrun.engine.engine import load
-from tierrun.io.errors import TierrunError, UsageError
 from tierrun.io.store import Store
 
 MAINS: dict[str, Callable[..., None]] = {
@@ -42,12 +34,8 @@ MAINS: dict[str, Callable[..., None]] = {
     "gpu_soak": gpu_soak.main,
     "gpu_timeline": gpu_timeline.main,
     "kernels_matmul": kernels_matmul.main,
-    "larger_than_memory": larger_than_memory.main,
     "offloaded": offloaded.main,
-    "peers": peers.main,
     "reads": reads.main,
-    "synthetic": synthetic.build,
-    "synthetic_store": synthetic_store.main,
 }
 
 
@@ -64,7 +52,7 @@ def test_help(name: str) -> None:
 @pytest.mark.parametrize("lookahead", [True, False])
 def test_decode_counts_the_measured_tokens_only(synthetic: Path, lookahead: bool) -> None:
     with load(synthetic / "store", ram="200KiB", lookahead=lookahead) as engine:
-        run = decode.decode(engine, 0.0, warmup=3, tokens=4)
+        run = decode.decode(engine, 0.0, warmup=3, tokens=4, prompt=8)
         layers = len(engine.store.manifest.layers)
     assert len(run.seconds) == 4 and min(run.seconds) > 0
     assert run.counters.lookups == 4 * layers * 2
@@ -72,6 +60,7 @@ def test_decode_counts_the_measured_tokens_only(synthetic: Path, lookahead: bool
     assert {timing.tokens for timing in run.timings} == {1}
     assert sum(timing.wait for timing in run.timings) <= run.total_seconds
     assert run.record_bytes % 4096 == 0
+    assert run.prompt_tokens == 8 and run.prompt_seconds > 0
     assert run.peak_rss > 1 << 20
 
 
@@ -133,22 +122,6 @@ def test_ways_from_the_drive(
     assert result["chosen"]["to_device"] == "staged"
 
 
-def test_a_run_in_a_cgroup(synthetic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(larger_than_memory, "drop_caches", lambda: None)
-    setting = larger_than_memory.Setting(synthetic / "store", "1GiB", "200KiB", 2, 3, 1)
-    run, usage = larger_than_memory.run_once(setting, lookahead=True)
-    assert len(run.seconds) == 3
-    assert 0 < usage.peak_bytes <= 1 << 30
-
-
-@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
-def test_a_run_without_memory_is_said(synthetic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(larger_than_memory, "drop_caches", lambda: None)
-    setting = larger_than_memory.Setting(synthetic / "store", "16MiB", "200KiB", 2, 3, 1)
-    with pytest.raises(TierrunError, match="ended with -9"):
-        larger_than_memory.run_once(setting, lookahead=True)
-
-
 @pytest.mark.parametrize("map_", list(offloaded.Map))
 def test_accelerate(synthetic: Path, tmp_path: Path, map_: offloaded.Map) -> None:
     pytest.importorskip("accelerate")
@@ -156,20 +129,3 @@ def test_accelerate(synthetic: Path, tmp_path: Path, map_: offloaded.Map) -> Non
     assert "disk" in map(str, model.hf_device_map.values())
     seconds, _ = offloaded.decode(model, warmup=3, tokens=2)
     assert len(seconds) == 2
-
-
-def test_peers_grow_the_cgroup_until_accelerate_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(setting: Setting, map_: offloaded.Map) -> Result | None:
-        return Result(1.0, 0.0, 0, 0.0) if setting.memory >= 150 else None
-
-    monkeypatch.setattr(peers, "run_accelerate", fake)
-    setting = Setting(Path("."), 100, "1GiB", 1, 1, 1)
-    grown, result = peers.find_memory(setting, Console(quiet=True))
-    assert grown == setting._replace(memory=150) and result.tokens_per_second == 1.0
-    with pytest.raises(TierrunError, match="killed even in"):
-        peers.find_memory(setting._replace(memory=10), Console(quiet=True))
-
-
-def test_peers_need_both_directories(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="has no checkpoint"):
-        peers.main(tmp_path)
