@@ -13,7 +13,7 @@ import pytest
 
 from tierrun.bench.gpu_lanes import PROMPT
 from tierrun.bench.store_plan import plan_store
-from tierrun.bench.synthetic_store import SHAPES, Like
+from tierrun.bench.synthetic_models import find_model
 from tierrun.engine.codecs.dense import DTYPES
 from tierrun.tools.plan import routing
 from tierrun.tools.plan.decode import decode_times
@@ -48,9 +48,9 @@ def result(name: str) -> dict[str, Any]:
     return found
 
 
-def shape_of(like: Like, codec: str) -> Shape:
+def shape_of(like: str, codec: str) -> Shape:
     """Of the synthetic store with everything in `codec`."""
-    dimensions = SHAPES[like]
+    dimensions = find_model(like)[1].shape
     plan, packed = plan_store(dimensions, codec, codec), codec not in DTYPES
     weights = 3 * dimensions.hidden * dimensions.intermediate
     layer = Experts(dimensions.experts, dimensions.top_k, plan.record.nbytes, weights)
@@ -65,7 +65,7 @@ def rates(memory: float, upload: float, drive: float = 3e9) -> Rates:
     return Rates(drive, 1e-4, GPU_OVERHEAD, pcie=upload, in_place=IN_PLACE * upload, vram=memory)
 
 
-Q4, BF16 = shape_of(Like.QWEN3_6_35B, "q4_k"), shape_of(Like.QWEN3_30B, "bf16")
+Q4, BF16 = shape_of("qwen3.6-35b", "q4_k"), shape_of("qwen3-30b", "bf16")
 
 
 def speed(shape: Shape, found: Hits, machine: Rates, context: int) -> float:
