@@ -39,14 +39,15 @@ def quantise_block(typingctx, source, target):
 def _quantise(builder, source, target) -> None:
     lanes = Lanes(builder, BLOCK)
     x = lanes.load(source, I64(0), F32, 4)
-    largest = _called(builder, f"llvm.vector.reduce.fmax.v{BLOCK}f32", F32, [_magnitudes(lanes, x)])
+    sizes = vector_call(lanes, "llvm.fabs", x)
+    largest = _called(builder, f"llvm.vector.reduce.fmax.v{BLOCK}f32", F32, [sizes])
     # 0 where all are finite, else NaN
     spoilt = total(builder, builder.fmul(x, lanes.number(0.0)))
     scale = builder.fdiv(largest, F32(_LEVELS))
     inverse = builder.fdiv(F32(_LEVELS), largest)
     some = builder.fcmp_ordered(">", scale, F32(0.0))
     inverse = builder.select(some, inverse, F32(0.0))
-    rounded = _vector(lanes, "llvm.rint", builder.fmul(x, lanes.spread(inverse)))
+    rounded = vector_call(lanes, "llvm.rint", builder.fmul(x, lanes.spread(inverse)))
     kind = f"v{BLOCK}i32.v{BLOCK}f32"
     codes = _called(builder, f"llvm.fptosi.sat.{kind}", lanes.kind(I32), [rounded])
     codes = _clamped(lanes, codes)
@@ -68,11 +69,8 @@ def _clamped(lanes: Lanes, codes):
     return codes
 
 
-def _magnitudes(lanes: Lanes, x):
-    return _vector(lanes, "llvm.fabs", x)
-
-
-def _vector(lanes: Lanes, name: str, x):
+def vector_call(lanes: Lanes, name: str, x):
+    """The intrinsic `name` of fp32 in every lane."""
     return _called(lanes.builder, f"{name}.v{lanes.count}f32", lanes.kind(F32), [x])
 
 

@@ -46,9 +46,10 @@ from tierrun.engine.kernels.host_job import (
     find_inner,
     pair,
 )
-from tierrun.engine.kernels.host_tasks import Tasks, bias_at, gated
+from tierrun.engine.kernels.host_tasks import Tasks, bias_at
 from tierrun.engine.kernels.int8 import obstacle
 from tierrun.engine.kernels.int8_dots import WAYS, Way, possible
+from tierrun.engine.kernels.int8_gates import gated_block
 from tierrun.engine.kernels.int8_rows import BLOCK, BLOCK_BYTES, quantise_block, quantise_row
 from tierrun.engine.kernels.int8_tile import TOGETHER, tile_dots, without_shape
 from tierrun.engine.kernels.matmul import Operand
@@ -149,9 +150,14 @@ def _multiply(operand, base, tile, count, inputs, sums):
     call_six(word(operand + _CODE), matrix, base + word(operand + _AT), tile, count, inputs, sums)
 
 
-@njit("float32(int64, int64, int64)", cache=True)
-def _bias(operand, base, row):
-    return bias_at(word(operand + _BIAS), base + word(operand + _BIAS_AT), row)
+@njit("void(int64, int64, int64, int64, int64)", cache=True)
+def _add_bias(operand, base, first, rows, sums):
+    """Add the bias of some rows from `first` on to their sums, if there is one."""
+    kind = word(operand + _BIAS)
+    if kind != 0:
+        for r in range(rows):
+            value = bias_at(kind, base + word(operand + _BIAS_AT), first + r)
+            put_real(sums + 4 * r, real(sums + 4 * r) + value)
 
 
 def _first(job, record, tile):
@@ -163,28 +169,21 @@ def _first(job, record, tile):
     interleaved, kind = word(plan + _INTERLEAVED) != 0, word(plan + _GATE)
     alpha, limit = real(plan + _ALPHA), real(plan + _LIMIT)
     inputs, sums, block = stack(_INPUT_BYTES), stack(_TWO_TILES), stack(_ROW_BYTES)
-    gates, ups, step = tile, tile + apart // TILE_ROWS, 1
+    gates, ups = tile, tile + apart // TILE_ROWS
     if interleaved:
-        gates, ups, step = 2 * tile, 2 * tile + 1, 2
+        gates, ups = 2 * tile, 2 * tile + 1
     for start in range(word(row + BEGIN), end, TOGETHER):
         count = min(TOGETHER, end - start)
         find_hidden(job, start, count, columns // BLOCK * BLOCK_BYTES, inputs)
         _multiply(operand, base, gates, count, inputs, sums)
         _multiply(operand, base, ups, count, inputs, sums + _TILE_BYTES)
         for i in range(count):
-            for r in range(TILE_ROWS):
-                g = TILE_ROWS * gates + step * r
-                at_gate = sums + 4 * TILE_ROWS * i
-                if interleaved:
-                    place = step * r
-                    at_gate += place // TILE_ROWS * _TILE_BYTES + 4 * (place % TILE_ROWS)
-                    at_up, u = at_gate + 4, g + 1
-                else:
-                    at_gate += 4 * r
-                    at_up, u = at_gate + _TILE_BYTES, g + apart
-                gate = real(at_gate) + _bias(operand, base, g)
-                up = real(at_up) + _bias(operand, base, u)
-                put_real(block + 4 * r, gated(gate, up, kind, alpha, limit))
+            at_gates = sums + 4 * TILE_ROWS * i
+            _add_bias(operand, base, TILE_ROWS * gates, TILE_ROWS, at_gates)
+            _add_bias(operand, base, TILE_ROWS * ups, TILE_ROWS, at_gates + _TILE_BYTES)
+            gated_block(
+                at_gates, at_gates + _TILE_BYTES, interleaved, kind, alpha, limit, block
+            )
             to = word(job + INNER) + (start + i) * word(job + INNER_STRIDE)
             quantise_block(block, to + BLOCK_BYTES * tile)
 
@@ -201,10 +200,10 @@ def _down(job, record, tile):
         _multiply(operand, base, tile, count, inputs, sums)
         for i in range(count):
             to = word(job + OUT) + 4 * width * word(pair(job, start + i))
-            for r in range(min(TILE_ROWS, width - TILE_ROWS * tile)):
-                y = TILE_ROWS * tile + r
-                value = real(sums + 4 * (TILE_ROWS * i + r)) + _bias(operand, base, y)
-                put_real(to + 4 * y, value)
+            rows, found = min(TILE_ROWS, width - TILE_ROWS * tile), sums + 4 * TILE_ROWS * i
+            _add_bias(operand, base, TILE_ROWS * tile, rows, found)
+            for r in range(rows):
+                put_real(to + 4 * (TILE_ROWS * tile + r), real(found + 4 * r))
 
 
 def tasks(inner: int, outer: int) -> Tasks:
