@@ -7,10 +7,13 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
+from tierrun.engine.architecture import experts_modules
+from tierrun.engine.compiled import CompiledExperts
 from tierrun.engine.context import Context, CpuContext
 from tierrun.engine.devices import choose_device
 from tierrun.engine.experts import ExpertsHook
 from tierrun.engine.kernels.cpu import CpuKernels
+from tierrun.engine.kernels.int8_linear import Int8Linear
 from tierrun.engine.lookahead import Lookahead
 from tierrun.engine.model import load_model
 from tierrun.engine.options import Options
@@ -89,7 +92,8 @@ class HostBackend:
         policy = make_policy(options.policy, store.manifest.num_experts)
         reader = chosen_reader(store, options)
         weights.verify()
-        kernels = CpuKernels()
+        threads = options.num_threads
+        kernels = CpuKernels(None if options.exact else Int8Linear(threads))
         self.model = load_model(store, weights, kernels)
         self.queue = open_queue(store, reader, options)
         self.residency = Residency(Placement(store.manifest, hot, warm, policy, self.queue, ledger))
@@ -101,7 +105,12 @@ class HostBackend:
             ledger,
             Lookahead(self.model) if options.lookahead else None,
             prefill_window(store, self.residency.placement.landing, options.depth),
+            None if options.exact else self._compiled(store, threads),
         )
+
+    def _compiled(self, store: Store, threads: int) -> CompiledExperts:
+        modules = list(experts_modules(self.model).values())
+        return CompiledExperts(modules, store.manifest, threads)
 
     @property
     def hot_bytes(self) -> int:
