@@ -139,7 +139,12 @@ def errors(layer: Layer, computer: HostExperts) -> float:
 
 
 def measure(
-    codec: str, layer: Layer, memory: torch.Tensor, tokens: list[int], counts: list[int], rounds: int
+    codec: str,
+    layer: Layer,
+    memory: torch.Tensor,
+    tokens: list[int],
+    counts: list[int],
+    rounds: int,
 ) -> tuple[list[Rate], dict[str, float]]:
     """All rates of a codec, and the errors of its paths."""
     rates, wrong = [], {}

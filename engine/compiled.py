@@ -24,9 +24,7 @@ class CompiledExperts:
 
     def __init__(self, modules: Sequence[nn.Module], manifest: Manifest, threads: int) -> None:
         """`modules` are the layers' experts. Compiles, or takes from disk, what they need."""
-        layouts = [
-            _layout(module, manifest, layer) for layer, module in enumerate(modules)
-        ]
+        layouts = [_layout(module, manifest, layer) for layer, module in enumerate(modules)]
         made = {x: HostExperts(x, threads, int8=True) for x in dict.fromkeys(layouts) if x}
         self._layers = [made[layout] if layout else None for layout in layouts]
         count = sum(layer is not None for layer in self._layers)

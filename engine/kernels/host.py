@@ -21,7 +21,6 @@ from tierrun.engine.kernels.int8 import obstacle
 from tierrun.io.extent import align_up
 
 if TYPE_CHECKING:
-    from tierrun.engine.kernels import int8_tasks
     from tierrun.engine.kernels.answer import LaneArrays
     from tierrun.engine.kernels.workers import Workers
 
@@ -63,7 +62,7 @@ class HostExperts:
         if (reason := supported(layout)) is not None:
             raise ValueError(reason)
         # numba takes a second to import: only whoever wants kernels waits for it
-        from tierrun.engine.kernels import host_job, host_tasks, workers
+        from tierrun.engine.kernels import host_job, host_tasks, int8_tasks, workers
 
         (first,), down = layout.first, layout.down
         self._hidden, self._inner = first.matrix[COLUMNS], down.matrix[COLUMNS]
@@ -71,14 +70,11 @@ class HostExperts:
         assert first.matrix[ROWS] == 2 * self._inner
         self._plan: int8_tasks.Plan | None = None
         if int8 and supports_int8(layout):
-            from tierrun.engine.kernels import int8_tasks
-
             self._plan = int8_tasks.Plan(first, down, layout.gate)
             self._tasks = int8_tasks.tasks(self._inner, self._outer)
-            self._prepare = int8_tasks.prepare
         else:
             self._tasks = host_tasks.tasks(first, down, layout.gate)
-        self._host = host_job
+        self._host, self._prepare = host_job, int8_tasks.prepare
         self._workers = workers.workers(max(1, min(threads, _cores())))
         self._table = self._inners = self._rows = np.empty(0, np.int64)
         self._job = np.zeros(host_job.JOB_WORDS, np.int64)
@@ -124,7 +120,9 @@ class HostExperts:
         used = self._host.arrange(addresses, tokens, len(hidden), which, self._table)
         if used < 0:
             raise IndexError(f"no such record among {len(addresses)}, or token among {len(hidden)}")
-        self._job[:] = self._filled(used, hidden, out, self._inners, stride, self._table, self._rows)
+        self._job[:] = self._filled(
+            used, hidden, out, self._inners, stride, self._table, self._rows
+        )
         if self._plan is not None:
             self._prepare(self._job.ctypes.data, len(hidden))
         tasks = used * (self._tasks.first_tiles + self._tasks.down_tiles)

@@ -55,11 +55,6 @@ class Codes(NamedTuple):
     offset: int
     book: tuple[int, ...] | None = None
 
-    @property
-    def is_signed(self) -> bool:
-        """Whether a byte holds the number itself, −128 … 127, once its top bit is flipped."""
-        return self.largest > _LARGEST
-
 
 class Dots:
     """The sums of one strip of rows with some tokens, as they grow.
@@ -70,13 +65,16 @@ class Dots:
     def __init__(self, way: Way, lanes: Lanes, codes: Codes) -> None:
         self.way, self.lanes, self.codes = way, lanes, codes
         self.builder = lanes.builder
-        # what is multiplied are the numbers themselves, or codes whose offset is taken off later
-        self.numbers = codes.is_signed and way in (AVX2, NEON)
+        # codes beyond 127 are made signed bytes where the instructions want it
+        self.signed = codes.largest > _LARGEST and way in (AVX2, NEON)
+        self._taken = 0
+        if self.signed:
+            self._taken = 128 if codes.book is None else codes.offset
 
     @property
     def offset(self) -> int:
-        """What `start` must take off for each activation."""
-        return 0 if self.numbers else self.codes.offset
+        """What is still to be taken off for each activation."""
+        return self.codes.offset - self._taken
 
     def start(self, correction):
         """The sum of nothing: `correction` (int32), −`offset` times the sum of activations."""
@@ -87,9 +85,8 @@ class Dots:
         """Four numbers or codes in each lane, from four codes of the planes."""
         codes = self.codes
         if codes.book is not None:
-            taken = codes.offset if self.numbers else 0
-            return self._looked_up(word, [value - taken for value in codes.book])
-        return self.builder.xor(word, self.lanes.integer(0x80808080)) if self.numbers else word
+            return self._looked_up(word, [value - self._taken for value in codes.book])
+        return self.builder.xor(word, self.lanes.integer(0x80808080)) if self.signed else word
 
     def add(self, to: "_Sum", words, x) -> None:
         """Add `words` times four activations, `x` (int32, signed bytes)."""
@@ -121,7 +118,7 @@ class Dots:
         """AVX2: products are added in pairs, int16, as many as surely fit."""
         spread = self.lanes.spread(x)
         largest = self.codes.largest
-        if self.numbers:
+        if self.signed:
             largest = 128
             signs = [self._bytes(spread), self._bytes(words)]
             spread = self._called("llvm.x86.avx2.psign.b", BYTE, signs)

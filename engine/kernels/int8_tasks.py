@@ -181,9 +181,7 @@ def _first(job, record, tile):
             at_gates = sums + 4 * TILE_ROWS * i
             _add_bias(operand, base, TILE_ROWS * gates, TILE_ROWS, at_gates)
             _add_bias(operand, base, TILE_ROWS * ups, TILE_ROWS, at_gates + _TILE_BYTES)
-            gated_block(
-                at_gates, at_gates + _TILE_BYTES, interleaved, kind, alpha, limit, block
-            )
+            gated_block(at_gates, at_gates + _TILE_BYTES, interleaved, kind, alpha, limit, block)
             to = word(job + INNER) + (start + i) * word(job + INNER_STRIDE)
             quantise_block(block, to + BLOCK_BYTES * tile)
 

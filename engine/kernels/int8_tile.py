@@ -24,7 +24,6 @@ from tierrun.engine.codecs.codec import BOOKS
 from tierrun.engine.codecs.planes import TILE_ROWS
 from tierrun.engine.kernels.geometry import (
     COLUMNS,
-    DIVIDES,
     E2M1,
     ELEMENT,
     ELEMENTS,
@@ -116,13 +115,13 @@ def tile_dots(typingctx, M, way, matrix, base, tile, count, inputs, out):
     def codegen(context, builder, signature, arguments):
         _, _, matrix, base, tile, count, inputs, out = arguments
         product = Product(builder, frozenset(), general, at(builder, base, BYTE), tile, inputs, out)
-        _choose(product, at(builder, matrix, I64), chosen, count)
+        emit(product, at(builder, matrix, I64), chosen, count)
         return context.get_dummy_value()
 
     return types.void(M, way, word, word, word, word, word, word), codegen
 
 
-def _choose(product: Product, matrix, way: Way, count) -> None:
+def emit(product: Product, matrix, way: Way, count) -> None:
     """For one token, two or four; in a narrower last tile row by row."""
     builder = product.builder
     shape = _Shape(builder, matrix)
@@ -146,7 +145,7 @@ def _choose(product: Product, matrix, way: Way, count) -> None:
             with cgutils.for_range(builder, count) as tokens:
                 one_token = _for_token(product, tokens.index)
                 with cgutils.for_range(builder, rows) as loop:
-                    _emit(one_token, planes, PLAIN, [(loop.index, Lanes(builder, 1))], 1)
+                    _rows(one_token, planes, PLAIN, [(loop.index, Lanes(builder, 1))], 1)
 
 
 def _for_token(product: Product, token) -> Product:
@@ -154,19 +153,17 @@ def _for_token(product: Product, token) -> Product:
     builder = product.builder
     inputs = builder.add(product.inputs, builder.mul(token, I64(8)))
     out = builder.add(product.out, builder.mul(token, I64(4 * TILE_ROWS)))
-    return Product(
-        builder, product.features, product.M, product.base, product.tile, inputs, out
-    )
+    return Product(builder, product.features, product.M, product.base, product.tile, inputs, out)
 
 
 def _strips(product: Product, planes: "_Planes", way: Way, tokens: int) -> None:
     """A whole tile, a register's lanes at a time."""
     lanes = Lanes(product.builder, way.width)
     strips = [(I64(row), lanes) for row in range(0, TILE_ROWS, way.width)]
-    _emit(product, planes, way, strips, tokens)
+    _rows(product, planes, way, strips, tokens)
 
 
-def _emit(product: Product, planes: "_Planes", way: Way, strips, tokens: int) -> None:
+def _rows(product: Product, planes: "_Planes", way: Way, strips, tokens: int) -> None:
     builder, M = product.builder, product.M
     x = product.activations(tokens)
     made = [_Strip(product, planes, way, lanes, row, tokens) for row, lanes in strips]
@@ -192,7 +189,9 @@ def _emit(product: Product, planes: "_Planes", way: Way, strips, tokens: int) ->
 
 def _span(strips: "list[_Strip]", index, x) -> None:
     builder = strips[0].builder
-    blocks = [_Block(builder, offset_by(builder, p, builder.mul(index, I64(BLOCK_BYTES)))) for p in x]
+    blocks = [
+        _Block(builder, offset_by(builder, p, builder.mul(index, I64(BLOCK_BYTES)))) for p in x
+    ]
     strips[0].prefetch(index)
     for strip in strips:
         strip.add(index, blocks)
