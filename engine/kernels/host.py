@@ -175,13 +175,13 @@ class HostExperts:
 
     @property
     def _stride(self) -> int:
-        """Bytes from one row between the products to the next."""
-        return align_up(4 * self._inner, _ALIGNMENT)
+        """Bytes from one row between the products to the next: fp32, or whole blocks of 48."""
+        return align_up(4 * align_up(self._inner, 32), _ALIGNMENT)
 
     @property
     def _row_words(self) -> int:
-        """Room for a row of blocks, which is smaller than one of fp32, in int64."""
-        return 0 if self._plan is None else self._hidden // 2
+        """Room for a row of blocks (48 bytes for 32 inputs), in int64."""
+        return 0 if self._plan is None else -(-self._hidden // 32) * 6
 
     def _filled(
         self,

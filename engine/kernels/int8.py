@@ -1,7 +1,6 @@
 """Products of few tokens with int8 activations on the CPU: for which matrices there are any."""
 
 from tierrun.engine.kernels.geometry import (
-    COLUMNS,
     DIVIDES,
     E4M3,
     ELEMENT,
@@ -29,8 +28,6 @@ def obstacle(M: Geometry) -> str | None:
         return "plain numbers"
     if M[KIND] == E4M3:
         return "numbers of eight bits of which some are fractions"
-    if M[COLUMNS] % SPAN:
-        return f"{M[COLUMNS]} inputs, no multiple of {SPAN}"
     if M[GROUP] < SPAN // 2:
         return f"groups of {M[GROUP]} inputs"
     return None if _has_known_levels(M) else "levels in another arrangement"

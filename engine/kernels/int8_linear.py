@@ -68,11 +68,12 @@ class Int8Linear:
     def _quantised(self, x: torch.Tensor, columns: int) -> "NDArray[np.int64]":
         from tierrun.engine.kernels import int8_rows
 
-        blocks = columns // int8_rows.BLOCK
-        words = len(x) * blocks * int8_rows.BLOCK_BYTES // 8
-        if len(self._rows) < words:
-            self._rows = np.empty(words, np.int64)
-        int8_rows.quantise_row(x.data_ptr(), len(x) * blocks, self._rows.ctypes.data)
+        nbytes = int8_rows.row_bytes(columns)
+        if self._rows.nbytes < len(x) * nbytes:
+            self._rows = np.empty(len(x) * nbytes // 8, np.int64)
+        for row in range(len(x)):
+            source, target = x.data_ptr() + 4 * columns * row, self._rows.ctypes.data + nbytes * row
+            int8_rows.quantise_row(source, columns, target)
         return self._rows
 
 

@@ -8,20 +8,23 @@ A block is 48 bytes: 32 codes (−127 … 127), the scale (fp32), the sums of co
 the scale is NaN, and so is every product.
 """
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tierrun.engine.kernels.lanes import BYTE, F32, I32, I64, Lanes, offset_by, total
-from tierrun.engine.kernels.native import at
+from tierrun.engine.kernels.native import at, put_real, real, stack
 
 BLOCK = 32
 BLOCK_BYTES = 48
 SCALE, SUMS = 32, 36
 """Bytes into a block."""
 
-_LEVELS = 127.0
+ZERO = np.float32(0)
+
+_LEVELS, _FP32_BYTES = 127.0, 4 * BLOCK
 
 
 @intrinsic
@@ -86,7 +89,20 @@ def store(builder, value, pointer, offset: int) -> None:
 
 
 @njit("void(int64, int64, int64)", nogil=True, cache=True)
-def quantise_row(source, blocks, target):
-    """`blocks` blocks of fp32 numbers at `source` to `target`."""
-    for i in range(blocks):
+def quantise_row(source, columns, target):
+    """`columns` fp32 numbers at `source` to blocks at `target`; the last one is filled with 0."""
+    whole = columns // BLOCK
+    for i in range(whole):
         quantise_block(source + 4 * BLOCK * i, target + BLOCK_BYTES * i)
+    if columns > BLOCK * whole:
+        last = stack(_FP32_BYTES)
+        for k in range(BLOCK):
+            inside = BLOCK * whole + k < columns
+            put_real(last + 4 * k, real(source + 4 * (BLOCK * whole + k)) if inside else ZERO)
+        quantise_block(last, target + BLOCK_BYTES * whole)
+
+
+@njit("int64(int64)", nogil=True, cache=True)
+def row_bytes(columns):
+    """Of a row of so many inputs."""
+    return (columns + BLOCK - 1) // BLOCK * BLOCK_BYTES

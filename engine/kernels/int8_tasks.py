@@ -50,7 +50,13 @@ from tierrun.engine.kernels.host_tasks import Tasks, bias_at
 from tierrun.engine.kernels.int8 import obstacle
 from tierrun.engine.kernels.int8_dots import WAYS, Way, possible
 from tierrun.engine.kernels.int8_gates import gated_block
-from tierrun.engine.kernels.int8_rows import BLOCK, BLOCK_BYTES, quantise_block, quantise_row
+from tierrun.engine.kernels.int8_rows import (
+    BLOCK_BYTES,
+    ZERO,
+    quantise_block,
+    quantise_row,
+    row_bytes,
+)
 from tierrun.engine.kernels.int8_tile import TOGETHER, tile_dots, without_shape
 from tierrun.engine.kernels.matmul import Operand
 from tierrun.engine.kernels.matvec import DTYPE_KINDS, GATES, Gate
@@ -59,7 +65,7 @@ from tierrun.engine.kernels.native import call_six, put_real, put_word, real, st
 log = logging.getLogger(__name__)
 
 _TILE_BYTES = 4 * TILE_ROWS * TOGETHER
-_TWO_TILES, _ROW_BYTES, _INPUT_BYTES = 2 * _TILE_BYTES, 4 * TILE_ROWS, 8 * TOGETHER
+_THREE_TILES, _ROW_BYTES, _INPUT_BYTES = 3 * _TILE_BYTES, 4 * TILE_ROWS, 8 * TOGETHER
 
 _CODE, _MATRIX, _AT, _BIAS, _BIAS_AT = 0, 8, 16, 24, 32
 _OPERAND_WORDS = 5
@@ -143,6 +149,11 @@ def _operand(operand: Operand, shape: NDArray[np.int64]) -> tuple[int, ...]:
     return tile_function(operand.matrix), shape.ctypes.data, operand.offset, kind, offset
 
 
+@njit("int64(int64)", cache=True)
+def _tiles(rows):
+    return (rows + TILE_ROWS - 1) // TILE_ROWS
+
+
 @njit("void(int64, int64, int64, int64, int64, int64)", cache=True)
 def _multiply(operand, base, tile, count, inputs, sums):
     """One tile of an operand of the record at `base`."""
@@ -160,28 +171,55 @@ def _add_bias(operand, base, first, rows, sums):
             put_real(sums + 4 * r, real(sums + 4 * r) + value)
 
 
+@njit("void(int64, int64, int64, int64)", cache=True)
+def _join(sums, token, shift, ups):
+    """32 ups of a token that begin `shift` rows within the first of two tiles at `sums`."""
+    for r in range(TILE_ROWS):
+        tile, lane = (r + shift) // TILE_ROWS, (r + shift) % TILE_ROWS
+        put_real(ups + 4 * r, real(sums + tile * _TILE_BYTES + 4 * (TILE_ROWS * token + lane)))
+
+
 def _first(job, record, tile):
-    """32 gates and ups of a record, and the activation: a block for each of its tokens."""
+    """32 gates and ups of a record, and the activation: a block for each of its tokens.
+
+    Where ups lie apart from gates they may begin within a tile (SHIFT): then 32 are in two.
+    """
     row, plan = word(job + TABLE) + record * TABLE_ROW, word(job + PLAN)
     base, end, operand = word(row + ADDRESS), word(row + END), plan + _FIRST
-    columns = word(word(operand + _MATRIX) + 8 * COLUMNS)
-    apart = word(word(operand + _MATRIX) + 8 * ROWS) // 2
+    matrix = word(operand + _MATRIX)
+    width, tiles = word(matrix + 8 * ROWS) // 2, _tiles(word(matrix + 8 * ROWS))
     interleaved, kind = word(plan + _INTERLEAVED) != 0, word(plan + _GATE)
     alpha, limit = real(plan + _ALPHA), real(plan + _LIMIT)
-    inputs, sums, block = stack(_INPUT_BYTES), stack(_TWO_TILES), stack(_ROW_BYTES)
-    gates, ups = tile, tile + apart // TILE_ROWS
+    inputs, sums, block = stack(_INPUT_BYTES), stack(_THREE_TILES), stack(_ROW_BYTES)
+    joined = stack(_ROW_BYTES)
+    gates, ups, shift = tile, tile + width // TILE_ROWS, width % TILE_ROWS
     if interleaved:
-        gates, ups = 2 * tile, 2 * tile + 1
+        gates, ups, shift = 2 * tile, 2 * tile + 1, 0
+    rows = min(TILE_ROWS, width - TILE_ROWS * tile)
     for start in range(word(row + BEGIN), end, TOGETHER):
         count = min(TOGETHER, end - start)
-        find_hidden(job, start, count, columns // BLOCK * BLOCK_BYTES, inputs)
+        find_hidden(job, start, count, row_bytes(word(matrix + 8 * COLUMNS)), inputs)
         _multiply(operand, base, gates, count, inputs, sums)
-        _multiply(operand, base, ups, count, inputs, sums + _TILE_BYTES)
+        if ups < tiles:
+            _multiply(operand, base, ups, count, inputs, sums + _TILE_BYTES)
+        if shift != 0 and ups + 1 < tiles:
+            _multiply(operand, base, ups + 1, count, inputs, sums + 2 * _TILE_BYTES)
         for i in range(count):
             at_gates = sums + 4 * TILE_ROWS * i
-            _add_bias(operand, base, TILE_ROWS * gates, TILE_ROWS, at_gates)
-            _add_bias(operand, base, TILE_ROWS * ups, TILE_ROWS, at_gates + _TILE_BYTES)
-            gated_block(at_gates, at_gates + _TILE_BYTES, interleaved, kind, alpha, limit, block)
+            at_ups = at_gates + _TILE_BYTES
+            if shift != 0:
+                at_ups = joined
+                _join(sums + _TILE_BYTES, i, shift, joined)
+            if interleaved:
+                _add_bias(operand, base, 2 * TILE_ROWS * tile, min(rows * 2, TILE_ROWS), at_gates)
+                left = max(rows * 2 - TILE_ROWS, 0)
+                _add_bias(operand, base, 2 * TILE_ROWS * tile + TILE_ROWS, left, at_ups)
+            else:
+                _add_bias(operand, base, TILE_ROWS * tile, rows, at_gates)
+                _add_bias(operand, base, width + TILE_ROWS * tile, rows, at_ups)
+            gated_block(at_gates, at_ups, interleaved, kind, alpha, limit, block)
+            for r in range(rows, TILE_ROWS):
+                put_real(block + 4 * r, ZERO)
             to = word(job + INNER) + (start + i) * word(job + INNER_STRIDE)
             quantise_block(block, to + BLOCK_BYTES * tile)
 
@@ -207,7 +245,7 @@ def _down(job, record, tile):
 def tasks(inner: int, outer: int) -> Tasks:
     """The tasks of every layout, with the tiles of one of these widths."""
     first, down = _functions()
-    tiles = inner // TILE_ROWS, -(-outer // TILE_ROWS)
+    tiles = -(-inner // TILE_ROWS), -(-outer // TILE_ROWS)
     return Tasks(first.address, down.address, *tiles, (first, down))
 
 
@@ -223,10 +261,10 @@ def prepare(job, tokens):
     """Quantise the activations of a job, of so many tokens, if it is one of int8."""
     plan = word(job + PLAN)
     if plan != 0:
-        blocks = word(word(plan + _FIRST + _MATRIX) + 8 * COLUMNS) // BLOCK
+        columns = word(word(plan + _FIRST + _MATRIX) + 8 * COLUMNS)
         for token in range(tokens):
-            source = word(job + UNQUANTISED) + 4 * BLOCK * blocks * token
-            quantise_row(source, blocks, word(job + HIDDEN) + BLOCK_BYTES * blocks * token)
+            source = word(job + UNQUANTISED) + 4 * columns * token
+            quantise_row(source, columns, word(job + HIDDEN) + row_bytes(columns) * token)
 
 
 L_CODE, L_MATRIX, L_BASE, L_TOKENS, L_ROWS, L_OUT, L_TILES = 0, 8, 16, 24, 32, 40, 48
@@ -238,15 +276,15 @@ LINEAR_WORDS = 7
 def _linear(job, task):
     """Some tiles of one matrix for all tokens."""
     matrix, tokens, tiles = word(job + L_MATRIX), word(job + L_TOKENS), word(job + L_TILES)
-    width, blocks = word(matrix + 8 * ROWS), word(matrix + 8 * COLUMNS) // BLOCK
+    width, stride = word(matrix + 8 * ROWS), row_bytes(word(matrix + 8 * COLUMNS))
     inputs, sums = stack(_INPUT_BYTES), stack(_TILE_BYTES)
-    last = min(tiles * (task + 1), (width + TILE_ROWS - 1) // TILE_ROWS)
+    last = min(tiles * (task + 1), _tiles(width))
     for tile in range(tiles * task, last):
         for start in range(0, tokens, TOGETHER):
             count = min(TOGETHER, tokens - start)
             for i in range(TOGETHER):
                 token = start + min(i, count - 1)
-                put_word(inputs + 8 * i, word(job + L_ROWS) + BLOCK_BYTES * blocks * token)
+                put_word(inputs + 8 * i, word(job + L_ROWS) + stride * token)
             call_six(word(job + L_CODE), matrix, word(job + L_BASE), tile, count, inputs, sums)
             for i in range(count):
                 to = word(job + L_OUT) + 4 * (width * (start + i) + TILE_ROWS * tile)

@@ -167,33 +167,52 @@ def _rows(product: Product, planes: "_Planes", way: Way, strips, tokens: int) ->
     builder, M = product.builder, product.M
     x = product.activations(tokens)
     made = [_Strip(product, planes, way, lanes, row, tokens) for row, lanes in strips]
-    spans = builder.udiv(planes.shape[COLUMNS], I64(SPAN))
+    columns = planes.shape[COLUMNS]
+    whole = builder.udiv(columns, I64(SPAN))
     if not (groups := outer(M) // SPAN):
-        with cgutils.for_range(builder, spans) as loop:
-            _span(made, loop.index, x)
+        _spans(made, I64(0), whole, x)
+        _part(made, builder.icmp_signed(">", columns, builder.mul(whole, I64(SPAN))), whole, x)
     else:
-        count = builder.udiv(builder.add(spans, I64(groups - 1)), I64(groups))
-        with cgutils.for_range(builder, count) as over:
+        spans = builder.udiv(builder.add(columns, I64(SPAN - 1)), I64(SPAN))
+        with cgutils.for_range(
+            builder, builder.udiv(builder.add(spans, I64(groups - 1)), I64(groups))
+        ) as over:
             first = builder.mul(over.index, I64(groups))
-            left = builder.sub(spans, first)
-            fewer = builder.icmp_signed("<", left, I64(groups))
+            last = builder.add(first, I64(groups))
             for strip in made:
                 strip.begin()
-            with cgutils.for_range(builder, builder.select(fewer, left, I64(groups))) as loop:
-                _span(made, builder.add(first, loop.index), x)
+            within = builder.icmp_signed("<", last, whole)
+            _spans(made, first, builder.select(within, last, whole), x)
+            has_part = builder.icmp_signed(">", spans, whole)
+            ends = builder.icmp_signed(">=", last, spans)
+            _part(made, builder.and_(has_part, ends), whole, x)
             for strip in made:
                 strip.fold(builder.mul(first, I64(SPAN)))
     for strip in made:
         strip.store()
 
 
-def _span(strips: "list[_Strip]", index, x) -> None:
+def _spans(strips: "list[_Strip]", first, last, x) -> None:
+    """Whole spans, from number `first` up to `last`."""
     builder = strips[0].builder
-    blocks = [
-        _Block(builder, offset_by(builder, p, builder.mul(index, I64(BLOCK_BYTES)))) for p in x
-    ]
-    strips[0].prefetch(index)
+    with cgutils.for_range(builder, builder.sub(last, first)) as loop:
+        index = builder.add(first, loop.index)
+        strips[0].prefetch(index)
+        _span(strips, index, x, in_part=False)
+
+
+def _part(strips: "list[_Strip]", exists, index, x) -> None:
+    """The last span, if it `exists` and has fewer inputs: activations of the others are 0."""
+    with strips[0].builder.if_then(exists):
+        _span(strips, index, x, in_part=True)
+
+
+def _span(strips: "list[_Strip]", index, x, *, in_part: bool) -> None:
+    builder = strips[0].builder
+    place = builder.mul(index, I64(BLOCK_BYTES))
+    blocks = [_Block(builder, offset_by(builder, row, place)) for row in x]
     for strip in strips:
+        strip.in_part = in_part
         strip.add(index, blocks)
 
 
@@ -214,17 +233,21 @@ class _Planes:
     def __init__(self, product: Product, shape: _Shape, rows) -> None:
         self.builder, self.shape, self.rows = product.builder, shape, rows
         M = product.M
-        self.starts = {LOW: self._start(product, LOW_OFFSET, LOW_UNITS, 4)}
+        self.units: dict[int, object] = {}
+        self.starts = {LOW: self._start(product, LOW, LOW_OFFSET, LOW_UNITS, 4)}
         if M[HIGH]:
-            self.starts[HIGH] = self._start(product, HIGH_OFFSET, HIGH_UNITS, 4)
+            self.starts[HIGH] = self._start(product, HIGH, HIGH_OFFSET, HIGH_UNITS, 4)
         for level in _LEVELS:
             if M[level + ELEMENT] != NO_LEVEL:
                 nbytes = _SIZES.get(ELEMENTS[M[level + ELEMENT]], 1)
-                self.starts[level] = self._start(product, level + OFFSET, level + UNITS, nbytes)
+                places = level + OFFSET, level + UNITS
+                self.starts[level] = self._start(product, level, *places, nbytes)
 
-    def _start(self, product: Product, offset: int, units: int, nbytes: int):
+    def _start(self, product: Product, which: int, offset: int, units: int, nbytes: int):
         builder, shape = self.builder, self.shape
-        before = builder.mul(product.tile, builder.mul(shape[units], I64(TILE_ROWS * nbytes)))
+        self.units[which] = shape[units]
+        of_tile = builder.mul(self.units[which], I64(TILE_ROWS * nbytes))
+        before = builder.mul(product.tile, of_tile)
         return offset_by(builder, product.base, builder.add(shape[offset], before))
 
 
@@ -258,6 +281,7 @@ class _Strip(Tile):
         super().__init__(lanes, product.M, product.base, product.tile)
         self.product, self.planes, self.row = product, planes, row
         self.dots = Dots(way, lanes, codes_of(self.M))
+        self.in_part = False
         self.blocks = [self._variable() for _ in range(tokens)]
         self.below = [self._variable() for _ in range(tokens)] if self.has(MINIMUM) else []
         self.sums = [self._variable() for _ in range(tokens)] if outer(self.M) else self.blocks
@@ -335,6 +359,9 @@ class _Strip(Tile):
     def stored(self, which: int, unit, element, nbytes: int):
         """See `Tile`; `which` may be LOW or HIGH."""
         builder, planes = self.builder, self.planes
+        if self.in_part:  # there may be no such unit
+            last = builder.sub(planes.units[which], I64(1))
+            unit = builder.select(builder.icmp_signed("<", unit, last), unit, last)
         place = builder.mul(builder.add(builder.mul(unit, planes.rows), self.row), I64(nbytes))
         return self.lanes.load(planes.starts[which], place, element, nbytes)
 
@@ -370,6 +397,7 @@ class _Strip(Tile):
 
     def fold(self, k) -> None:
         """A group of the second levels, which began with input `k`, ends."""
+        self.in_part = False
         for level in (SCALE, SCALE_2):
             self._fold_level(level, k, self.blocks, negated=False)
         for level in (MINIMUM, MINIMUM_2):
