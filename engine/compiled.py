@@ -1,6 +1,6 @@
-"""The experts of a CPU engine by compiled kernels, where a pass has few tokens.
+"""The experts of a CPU engine by compiled kernels, where each is for few tokens.
 
-All experts of a layer that are there are computed in one call: gate, up, activation and down.
+All such experts of a layer that are there are computed in one call: gate, up, activation and down.
 """
 
 import logging
@@ -30,16 +30,16 @@ class CompiledExperts:
         count = sum(layer is not None for layer in self._layers)
         if count:
             log.info(
-                "experts of %d of %d layers: int8 activations in passes of at most %d tokens "
+                "int8 activations for experts of at most %d tokens, in %d of %d layers "
                 "(--exact: fp32)",
+                MOST_TOKENS,
                 count,
                 len(layouts),
-                MOST_TOKENS,
             )
 
-    def takes(self, layer: int, tokens: int) -> bool:
-        """Whether there are kernels for a pass of so many tokens."""
-        return tokens <= MOST_TOKENS and self._layers[layer] is not None
+    def takes(self, layer: int, rows: int) -> bool:
+        """Whether there are kernels for an expert that so many tokens chose."""
+        return rows <= MOST_TOKENS and self._layers[layer] is not None
 
     def compute(
         self,

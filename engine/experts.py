@@ -139,14 +139,18 @@ class ExpertsHook:
         return hits, computed
 
     def _compute_all(self, layer: int, held: Sequence[Held], work: "_LayerWork") -> float:
-        started, compiled = time.perf_counter(), self._compiled
-        if compiled is not None and held and compiled.takes(layer, work.tokens):
-            records = {expert: tier.memory(slot).data_ptr() for expert, tier, slot in held}
-            work.add_all(compiled, layer, records)
-        else:
-            for expert, tier, slot in held:
-                work.add(expert, self._matrices(tier, slot), self._kernels)
+        started = time.perf_counter()
+        few = [x for x in held if self._takes_few(layer, work.num_rows[x.expert])]
+        if few:
+            assert self._compiled is not None
+            records = {expert: tier.memory(slot).data_ptr() for expert, tier, slot in few}
+            work.add_all(self._compiled, layer, records)
+        for expert, tier, slot in (x for x in held if x not in few):
+            work.add(expert, self._matrices(tier, slot), self._kernels)
         return time.perf_counter() - started
+
+    def _takes_few(self, layer: int, rows: int) -> bool:
+        return self._compiled is not None and self._compiled.takes(layer, rows)
 
     def _matrices(self, tier: Tier, slot: int) -> Matrices:
         """Views of the slot's record, made once: slots never move."""
@@ -172,6 +176,7 @@ class _LayerWork:
         self._outputs = hidden.new_zeros(*top_k.shape, hidden.shape[-1])
         experts, uses = torch.unique(top_k, return_counts=True)
         self.experts: list[int] = experts[uses.argsort(descending=True, stable=True)].tolist()
+        self.num_rows: dict[int, int] = dict(zip(experts.tolist(), uses.tolist(), strict=True))
 
     def last_experts(self) -> list[int]:
         """What the last token chose: the best guess at what decode will want."""
@@ -190,11 +195,6 @@ class _LayerWork:
         theirs: Any = self._module
         y = theirs.post_expert_norm(y) if theirs.has_post_expert_norm else y
         self._outputs.flatten(0, 1)[places] = y
-
-    @property
-    def tokens(self) -> int:
-        """How many there are."""
-        return len(self._hidden)
 
     def result(self) -> torch.Tensor:
         """The weighted sum over the top-k slots, [tokens, H]."""

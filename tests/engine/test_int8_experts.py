@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from tests.engine.test_host_experts import SILU, Floats, Layer
 
 import tierrun
 from tierrun.engine.gpu.activations import apply_gate
+from tierrun.engine.kernels import int8_ready, int8_tasks
 from tierrun.engine.kernels.host import HostExperts, supports_int8
-from tierrun.engine.kernels.int8 import MOST_TOKENS
+from tierrun.engine.kernels.int8_ready import Int8Ready
 from tierrun.engine.kernels.matvec import Gate
 
 LARGEST_ERROR = 0.03
@@ -112,7 +114,7 @@ def test_the_same_bits_for_any_budget_and_for_any_few_tokens(
 ) -> None:
     with caplog.at_level(logging.INFO, "tierrun"):
         wanted = decoded(packed)
-    assert "int8 activations in passes of at most 8 tokens (--exact: fp32)" in caplog.text
+    assert "int8 activations for experts of at most 8 tokens, in 4 of 4 layers" in caplog.text
     smallest = str(64 << 10)
     assert torch.equal(decoded(packed, ram=smallest), wanted)
     assert torch.equal(decoded(packed, lookahead=False), wanted)
@@ -124,10 +126,7 @@ def test_exact_is_fp32_whatever_the_number_of_tokens(packed: Path) -> None:
     near = decoded(packed, exact=True)
     torch.testing.assert_close(near, wanted, rtol=1e-3, atol=1e-3)
     rounded = decoded(packed)
-    assert not torch.equal(rounded, near)
-    half = len(PROMPT) // 2
-    assert half > MOST_TOKENS, "so many are computed in fp32, too"
-    assert torch.equal(decoded(packed, half), decoded(packed, half, exact=True))
+    assert not torch.equal(rounded, near) and (rounded - near).norm() < 0.2 * near.norm()
 
 
 SCRIPT = """
@@ -156,3 +155,22 @@ def test_one_kernel_for_all_shapes_of_a_codec_and_kept(tmp_path: Path) -> None:
 
     assert said().count("compiled a CPU kernel") == 1
     assert "compiled" not in said()
+
+
+def test_waiting_for_the_compiler_is_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_ready, "PATIENCE", 0.05)
+    monkeypatch.setattr(int8_tasks, "tile_function", lambda geometry: time.sleep(0.3))
+    Int8Ready(["q4_0", "bf16", "something"]).wait()
+    assert "compiling the CPU's kernels, once for this version and machine" in caplog.text
+
+
+def test_what_stops_the_compiler_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(geometry: object) -> int:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(int8_tasks, "tile_function", fail)
+    with pytest.raises(OSError, match="no space left"):
+        Int8Ready(["q4_0"]).wait()
+    Int8Ready(["bf16", "fp8_row_f32"]).wait()  # nothing to compile
