@@ -24,7 +24,8 @@ class Options:
     cost; `threads` 0 all cores but one, which is left to the reads; `depth` is reads in flight per
     directory, in parts of records. `exact` on the CPU keeps activations in fp32; on a GPU it fixes
     every kernel, prompts' chunks too (`ubatch` 0 is 2048 then, or the context), and computes
-    nothing on the CPU beside it, so that logits are the same bits whatever the budgets; `compile` and `graphs` concern the GPU's decode.
+    nothing on the CPU beside it, so that logits are the same bits whatever the budgets; `compile`
+    and `graphs` concern the GPU's decode.
 
     Raises:
         UsageError: a value out of range.
