@@ -52,7 +52,7 @@ def rounded(codec: Codec, values: torch.Tensor) -> Packed:
     """`values` fp32 [rows, in] in `codec`, by plain rounding."""
     finest = min(level.per or values.shape[1] for level in codec.scale)
     padded = F.pad(values, (0, -values.shape[1] % finest))
-    groups = padded.unflatten(1, (-1, finest))
+    groups = padded.view(len(padded), -1, finest)
     low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
     numbers = codec.numbers()
     if codec.minimum or codec.zero_point:
@@ -86,7 +86,7 @@ def _levels(
         return (stored,), _value(levels[0], stored)
     first, second = levels
     per = product.shape[1] if second.per is None else second.per // finest
-    whole = F.pad(product, (0, -product.shape[1] % per)).unflatten(1, (-1, per))
+    whole = F.pad(product, (0, -product.shape[1] % per)).view(len(product), -1, per)
     outer = whole.amax(-1) / _LARGEST[first.element]
     outer_stored = _stored(second, 1 / outer if second.divides else outer)
     outer = _value(second, outer_stored)
@@ -172,7 +172,7 @@ class Model:
         if not self.int8 or not self._few.takes(weight, 1):
             return CpuKernels().linear(x, weight, bias)
         assert bias is None
-        return torch.cat([self._few(rows, weight) for rows in x.split(MOST_TOKENS)])
+        return torch.cat([self._few(rows, weight) for rows in torch.split(x, MOST_TOKENS)])
 
     def embedding(self, ids: torch.Tensor, weight: Packed) -> torch.Tensor:
         """As `CpuKernels`."""

@@ -155,7 +155,7 @@ def _first(
                     gate += bias_at(BIAS, base + BIAS_OFFSET, STEP * h)
                     up = _sum(sums, i, STEP * r + UP)
                     up += bias_at(BIAS, base + BIAS_OFFSET, STEP * h + APART)
-                    value = gated(gate, up, GATE, np.float32(ALPHA), np.float32(LIMIT))
+                    value = _gated(gate, up, GATE, np.float32(ALPHA), np.float32(LIMIT))
                     put_real(to + 4 * h, value)
 
     return first
@@ -209,8 +209,7 @@ def _sigmoid(value):
 
 
 @njit("float32(float32, float32, int64, float32, float32)", cache=True)
-def gated(gate, up, kind, alpha, limit):
-    """What is made of a gate and its up, by a number of GATES."""
+def _gated(gate, up, kind, alpha, limit):
     if kind == _SILU:
         return gate * _sigmoid(gate) * up
     if kind == _GELU_TANH:

@@ -121,7 +121,7 @@ def _digest() -> int:
 
 def _tile(M: Geometry, WAY: int, DIGEST: int) -> Any:
     def tile(matrix, base, number, count, inputs, out):
-        if DIGEST:
+        if DIGEST:  # never 0: only what is used is a constant of the closure
             tile_dots(M, WAY, matrix, base, number, count, inputs, out)
 
     return tile
