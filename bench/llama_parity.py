@@ -88,7 +88,7 @@ def our_logits(gguf: Path, ids: Sequence[int]) -> torch.Tensor:
     """What tierrun gives, from a store made for it."""
     with tempfile.TemporaryDirectory() as store:
         tierrun.convert(gguf, store)
-        with tierrun.load(store, device="cpu") as engine:
+        with tierrun.load(store, device="cpu", exact=True) as engine:
             logits: torch.Tensor = engine.logits(ids)
     return logits
 

@@ -7,10 +7,14 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
+from tierrun.engine.architecture import experts_modules
+from tierrun.engine.compiled import CompiledExperts
 from tierrun.engine.context import Context, CpuContext
 from tierrun.engine.devices import choose_device
 from tierrun.engine.experts import ExpertsHook
 from tierrun.engine.kernels.cpu import CpuKernels
+from tierrun.engine.kernels.int8_linear import Int8Linear
+from tierrun.engine.kernels.int8_ready import Int8Ready
 from tierrun.engine.lookahead import Lookahead
 from tierrun.engine.model import load_model
 from tierrun.engine.options import Options
@@ -88,9 +92,16 @@ class HostBackend:
         hot, warm = make_tiers(store.manifest, vram, ram)
         policy = make_policy(options.policy, store.manifest.num_experts)
         reader = chosen_reader(store, options)
-        weights.verify()
-        kernels = CpuKernels()
+        ready = None if options.exact else Int8Ready(_codecs(store))
+        try:
+            weights.verify()
+        finally:
+            if ready is not None:
+                ready.wait()
+        threads = options.num_threads
+        kernels = CpuKernels(None if options.exact else Int8Linear(threads))
         self.model = load_model(store, weights, kernels)
+        compiled = None if options.exact else self._compiled(store, threads)
         self.queue = open_queue(store, reader, options)
         self.residency = Residency(Placement(store.manifest, hot, warm, policy, self.queue, ledger))
         self.hook = ExpertsHook(
@@ -101,7 +112,12 @@ class HostBackend:
             ledger,
             Lookahead(self.model) if options.lookahead else None,
             prefill_window(store, self.residency.placement.landing, options.depth),
+            compiled,
         )
+
+    def _compiled(self, store: Store, threads: int) -> CompiledExperts:
+        modules = list(experts_modules(self.model).values())
+        return CompiledExperts(modules, store.manifest, threads)
 
     @property
     def hot_bytes(self) -> int:
@@ -126,6 +142,13 @@ class HostBackend:
     def close(self) -> None:
         """See `Backend`."""
         self.queue.close()
+
+
+def _codecs(store: Store) -> set[str]:
+    """In which experts and resident weights are stored."""
+    manifest = store.manifest
+    experts = {matrix.codec for kind in manifest.classes for matrix in kind.matrices}
+    return experts | {resident.dtype for resident in manifest.residents}
 
 
 def chosen_reader(store: Store, options: Options) -> str:

@@ -8,7 +8,7 @@ result does not depend on where an expert was.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -18,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tierrun.engine.architecture import experts_modules
 from tierrun.engine.codecs.weight import Weight, matrix_view, widened
+from tierrun.engine.compiled import CompiledExperts
 from tierrun.engine.kernels.cpu import CpuKernels
 from tierrun.engine.lookahead import Lookahead
 from tierrun.engine.model import EXPERTS_IMPLEMENTATION
@@ -50,7 +51,9 @@ class ExpertsHook:
         ledger: Ledger,
         lookahead: Lookahead | None,
         prefill_window: int,
+        compiled: CompiledExperts | None = None,
     ) -> None:
+        self._compiled = compiled
         self._manifest, self._residency, self._kernels = manifest, residency, kernels
         self._ledger, self._lookahead, self._window = ledger, lookahead, prefill_window
         self._layer_of = {module: i for i, module in enumerate(experts_modules(model).values())}
@@ -109,7 +112,7 @@ class ExpertsHook:
         """Hits first, then misses as they arrive; seconds of compute for hits and for all."""
         with self._residency.lease(layer, work.experts) as lease:
             self._look_ahead(layer)
-            hits = self._compute_all(list(lease.ready), work)
+            hits = self._compute_all(layer, list(lease.ready), work)
             misses = self._compute_arrivals(lease, work)
         return hits, hits + misses
 
@@ -121,25 +124,33 @@ class ExpertsHook:
             self._residency.look_ahead(layer + 1, experts)
 
     def _compute_arrivals(self, lease: Lease, work: "_LayerWork") -> float:
-        return sum(self._compute_all([held], work) for held in lease.arrivals())
+        return sum(self._compute_all(lease.layer, [held], work) for held in lease.arrivals())
 
     def _prefill(self, layer: int, work: "_LayerWork") -> tuple[float, float]:
         """Every expert once, most used first; seconds of compute for hits and for all."""
         counters = self._ledger.counters
         cold, hits, computed = counters.cold, 0.0, 0.0
         for held in self._residency.stream(layer, work.experts, self._window):
-            seconds = self._compute_all([held], work)
+            seconds = self._compute_all(layer, [held], work)
             computed += seconds
             hits += seconds if cold == counters.cold else 0.0
             cold = counters.cold
         self._residency.used(layer, work.last_experts())
         return hits, computed
 
-    def _compute_all(self, held: Iterable[Held], work: "_LayerWork") -> float:
+    def _compute_all(self, layer: int, held: Sequence[Held], work: "_LayerWork") -> float:
         started = time.perf_counter()
-        for expert, tier, slot in held:
+        few = [x for x in held if self._takes_few(layer, work.num_rows[x.expert])]
+        if few:
+            assert self._compiled is not None
+            records = {expert: tier.memory(slot).data_ptr() for expert, tier, slot in few}
+            work.add_all(self._compiled, layer, records)
+        for expert, tier, slot in (x for x in held if x not in few):
             work.add(expert, self._matrices(tier, slot), self._kernels)
         return time.perf_counter() - started
+
+    def _takes_few(self, layer: int, rows: int) -> bool:
+        return self._compiled is not None and self._compiled.takes(layer, rows)
 
     def _matrices(self, tier: Tier, slot: int) -> Matrices:
         """Views of the slot's record, made once: slots never move."""
@@ -165,6 +176,7 @@ class _LayerWork:
         self._outputs = hidden.new_zeros(*top_k.shape, hidden.shape[-1])
         experts, uses = torch.unique(top_k, return_counts=True)
         self.experts: list[int] = experts[uses.argsort(descending=True, stable=True)].tolist()
+        self.num_rows: dict[int, int] = dict(zip(experts.tolist(), uses.tolist(), strict=True))
 
     def last_experts(self) -> list[int]:
         """What the last token chose: the best guess at what decode will want."""
@@ -175,11 +187,19 @@ class _LayerWork:
         """Compute `expert` for every token that chose it."""
         tokens, positions = (self._top_k == expert).nonzero(as_tuple=True)
         y = _expert(self._module, self._hidden[tokens], matrices, kernels)
-        self._outputs[tokens, positions] = y * self._weights[tokens, positions, None]
+        self._outputs[tokens, positions] = y
+
+    def add_all(self, compiled: CompiledExperts, layer: int, records: dict[int, int]) -> None:
+        """Compute the experts of `records` (by their addresses) for all tokens, in one call."""
+        places, y = compiled.compute(layer, records, self._hidden, self._top_k)
+        theirs: Any = self._module
+        y = theirs.post_expert_norm(y) if theirs.has_post_expert_norm else y
+        self._outputs.flatten(0, 1)[places] = y
 
     def result(self) -> torch.Tensor:
         """The weighted sum over the top-k slots, [tokens, H]."""
-        return self._outputs.sum(dim=1).to(self._hidden.dtype)
+        weighted = self._outputs.mul_(self._weights[:, :, None])
+        return weighted.sum(dim=1).to(self._hidden.dtype)
 
 
 def _expert(

@@ -22,9 +22,10 @@ class Options:
     512 on the CPU, and on a GPU what its bandwidths and memory make best. `lanes` says who computes
     experts in RAM beside a GPU: the CPU where they lie, the GPU over its bus, or (`auto`) both by
     cost; `threads` 0 all cores but one, which is left to the reads; `depth` is reads in flight per
-    directory, in parts of records. `exact` fixes every kernel, prompts' chunks too (`ubatch` 0 is
-    2048 then, or the context), and computes nothing on the CPU beside a GPU, so that logits are the
-    same bits whatever the budgets; `compile` and `graphs` concern the GPU's decode.
+    directory, in parts of records. `exact` on the CPU keeps activations in fp32; on a GPU it fixes
+    every kernel, prompts' chunks too (`ubatch` 0 is 2048 then, or the context), and computes
+    nothing on the CPU beside it, so that logits are the same bits whatever the budgets; `compile`
+    and `graphs` concern the GPU's decode.
 
     Raises:
         UsageError: a value out of range.

@@ -124,7 +124,8 @@ def run(
         int, typer.Option("--depth", help="Reads in flight per directory.")
     ] = _DEFAULT.depth,
     exact: Annotated[
-        bool, typer.Option("--exact", help="The same bits for any budget: fixed kernels.")
+        bool,
+        typer.Option("--exact", help="Fixed kernels: fp32 on the CPU, any budget's bits on a GPU."),
     ] = False,
     lanes: Annotated[
         str,

@@ -57,7 +57,9 @@ class HostLane:
             self.hidden.numpy().reshape(-1, columns),
             self._results.numpy(),
         )
-        self._kernels = {layout: HostExperts(layout, threads) for layout in dict.fromkeys(layouts)}
+        self._kernels = {
+            layout: HostExperts(layout, threads, int8=True) for layout in dict.fromkeys(layouts)
+        }
         self._log = np.zeros((len(layouts), 3), dtype=np.int64)
         arrays = {
             layout: kernels.lane(self._inputs, self._outputs, self._wanted.numpy(), self._log)

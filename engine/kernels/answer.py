@@ -13,6 +13,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from tierrun.engine.kernels.host_job import JOB_WORDS, RECORDS, arrange
+from tierrun.engine.kernels.int8_tasks import prepare
 from tierrun.engine.kernels.native import load_atomic, nanoseconds, pause, store_atomic, word
 from tierrun.engine.kernels.workers import begin, finish
 
@@ -89,6 +90,7 @@ def _begin(
             mine += 1
             numbers[i] = mine
     arrange(records[:used], tokens[:mine], count // top_k, which[:mine], table)
+    prepare(job.ctypes.data, count // top_k)
     job[RECORDS // 8] = log[layer, 2] = used
     begin(state, perform, job.ctypes.data, used * tasks_per_record)
 

@@ -88,8 +88,11 @@ class Tile:
         group = I64(0) if per == ROW else self.builder.udiv(k, I64(per))
         unit = self.builder.lshr(group, I64(1)) if name == "u4" else group
         element, nbytes = _ELEMENTS[name]
-        stored = self.element(self.M[which + OFFSET], self.M[which + UNITS], unit, element, nbytes)
-        return self._decoded(name, stored, group)
+        return self._decoded(name, self.stored(which, unit, element, nbytes), group)
+
+    def stored(self, which: int, unit, element, nbytes: int):
+        """The elements of `unit` of the plane of level `which`."""
+        return self.element(self.M[which + OFFSET], self.M[which + UNITS], unit, element, nbytes)
 
     def _decoded(self, name: str, stored, group):
         builder, lanes = self.builder, self.lanes

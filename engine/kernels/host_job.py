@@ -17,11 +17,13 @@ from tierrun.engine.kernels.workers import rest
 
 FIRST, DOWN, RECORDS, FIRST_TASKS, DOWN_TASKS = 0, 8, 16, 24, 32
 HIDDEN, OUT, INNER, INNER_STRIDE = 40, 48, 56, 64
-TABLE = 72
+TABLE, PLAN, UNQUANTISED = 72, 80, 88
 """Bytes into a job: what computes a first task and one of down (addresses of C functions of job,
 record and tile), how many there are; addresses of the activations [T, in], of the result [A, out]
-and of scratch [A, inner], and the bytes of a row of that. At TABLE is the address of its tables."""
-JOB_WORDS = 10
+and of scratch [A, inner], and the bytes of a row of that. At TABLE is the address of its tables.
+Where activations are int8, PLAN is the address of what `int8_tasks` must know, HIDDEN and INNER are
+rows of blocks, and UNQUANTISED is where the activations are; else both are 0."""
+JOB_WORDS = 12
 
 ADDRESS, BEGIN, END, DONE = 0, 8, 16, 64
 TABLE_ROW = 128

@@ -152,9 +152,9 @@ def _first(
                 for r in range(min(TILE_ROWS, WIDTH - TILE_ROWS * tile)):
                     h = TILE_ROWS * tile + r
                     gate = _sum(sums, i, STEP * r)
-                    gate += _bias(BIAS, base + BIAS_OFFSET, STEP * h)
+                    gate += bias_at(BIAS, base + BIAS_OFFSET, STEP * h)
                     up = _sum(sums, i, STEP * r + UP)
-                    up += _bias(BIAS, base + BIAS_OFFSET, STEP * h + APART)
+                    up += bias_at(BIAS, base + BIAS_OFFSET, STEP * h + APART)
                     value = _gated(gate, up, GATE, np.float32(ALPHA), np.float32(LIMIT))
                     put_real(to + 4 * h, value)
 
@@ -177,14 +177,14 @@ def _down(M: tuple[int, ...], OFFSET: int, BIAS: int, BIAS_OFFSET: int) -> Any:
                 to = word(job + OUT) + 4 * WIDTH * word(pair(job, start + i))
                 for r in range(min(TILE_ROWS, WIDTH - TILE_ROWS * tile)):
                     y = TILE_ROWS * tile + r
-                    value = _sum(sums, i, r) + _bias(BIAS, base + BIAS_OFFSET, y)
+                    value = _sum(sums, i, r) + bias_at(BIAS, base + BIAS_OFFSET, y)
                     put_real(to + 4 * y, value)
 
     return down
 
 
 @njit("float32(int64, int64, int64)", cache=True)
-def _bias(kind, address, row):
+def bias_at(kind, address, row):
     """Number `row` of the vector at `address`, of a dense `kind`; 0 where there is none."""
     if kind == _BF16:
         return plain_number(_BF16, address + 2 * row)

@@ -110,12 +110,12 @@ class Lanes:
         table = ir.Constant(numbers, list(book))
         for first in range(0, self.count, width):
             lanes = [min(first + lane, self.count - 1) for lane in range(width)]
-            parts.append(builder.call(call, [table, _shuffled(builder, indices, indices, lanes)]))
+            parts.append(builder.call(call, [table, shuffled(builder, indices, indices, lanes)]))
         while len(parts) > 1:
             pairs = zip(parts[::2], parts[1::2], strict=False)
             odd = parts[len(parts) // 2 * 2 :]
             parts = [_joined(builder, *pair) for pair in pairs] + odd
-        return _shuffled(builder, parts[0], parts[0], range(self.count))
+        return shuffled(builder, parts[0], parts[0], range(self.count))
 
     def _selected(self, indices, book: Sequence[float]):
         """By choosing between halves of the book, bit by bit."""
@@ -141,9 +141,9 @@ def total(builder, vector):
     count = vector.type.count
     while count > 1:
         half = count // 2
-        low = _shuffled(builder, vector, vector, range(half))
-        high = _shuffled(builder, vector, vector, range(half, 2 * half))
-        rest = _shuffled(builder, vector, vector, [count - 1]) if count % 2 else None
+        low = shuffled(builder, vector, vector, range(half))
+        high = shuffled(builder, vector, vector, range(half, 2 * half))
+        rest = shuffled(builder, vector, vector, [count - 1]) if count % 2 else None
         vector = builder.fadd(low, high)
         if rest is not None:
             last = builder.extract_element(rest, I32(0))
@@ -153,7 +153,8 @@ def total(builder, vector):
     return builder.extract_element(vector, I32(0))
 
 
-def _shuffled(builder, a, b, lanes):
+def shuffled(builder, a, b, lanes):
+    """Of the lanes of `a`, then those of `b`, these."""
     lanes = list(lanes)
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
@@ -163,8 +164,8 @@ def _joined(builder, a, b):
     width = a.type.count
     if b.type.count < width:
         filled = [min(lane, b.type.count - 1) for lane in range(width)]
-        b = _shuffled(builder, b, b, filled)
-    return _shuffled(builder, a, b, range(2 * width))
+        b = shuffled(builder, b, b, filled)
+    return shuffled(builder, a, b, range(2 * width))
 
 
 def variable(lanes: Lanes):

@@ -198,6 +198,18 @@ def call_three(typingctx, function, first, second, third):
 
 
 @intrinsic
+def call_six(typingctx, function, a, b, c, d, e, f):
+    """The same of six."""
+
+    def codegen(context, builder, signature, arguments):
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 6)
+        builder.call(at(builder, arguments[0], kind), arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), codegen
+
+
+@intrinsic
 def nanoseconds(typingctx):
     """The monotonic clock, as `time.perf_counter` reads it, in ns."""
 

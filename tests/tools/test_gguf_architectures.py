@@ -53,7 +53,7 @@ def converted_logits(file: Path, ids: torch.Tensor, **options: Path) -> torch.Te
     """What the model in `file`, converted, says of the tokens `ids`."""
     with TemporaryDirectory() as store:
         tierrun.convert(file, store, **options)
-        with tierrun.load(store, ram="1GiB") as engine:
+        with tierrun.load(store, ram="1GiB", exact=True) as engine:
             return engine.logits(ids.tolist())
 
 

@@ -1,0 +1,76 @@
+"""The experts of a CPU engine by compiled kernels, where each is for few tokens.
+
+All such experts of a layer that are there are computed in one call: gate, up, activation and down.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from tierrun.engine.gpu.layout import ExpertLayout, expert_layout
+from tierrun.engine.kernels.host import HostExperts, supported, supports_int8
+from tierrun.engine.kernels.int8 import MOST_TOKENS
+from tierrun.io.errors import ModelError
+from tierrun.io.store import Manifest
+
+log = logging.getLogger(__name__)
+
+
+class CompiledExperts:
+    """Of the layers of one model; those of one layout share their kernels."""
+
+    def __init__(self, modules: Sequence[nn.Module], manifest: Manifest, threads: int) -> None:
+        """`modules` are the layers' experts. Compiles, or takes from disk, what they need."""
+        layouts = [_layout(module, manifest, layer) for layer, module in enumerate(modules)]
+        made = {x: HostExperts(x, threads, int8=True) for x in dict.fromkeys(layouts) if x}
+        self._layers = [made[layout] if layout else None for layout in layouts]
+        count = sum(layer is not None for layer in self._layers)
+        if count:
+            log.info(
+                "int8 activations for experts of at most %d tokens, in %d of %d layers "
+                "(--exact: fp32)",
+                MOST_TOKENS,
+                count,
+                len(layouts),
+            )
+
+    def takes(self, layer: int, rows: int) -> bool:
+        """Whether there are kernels for an expert that so many tokens chose."""
+        return rows <= MOST_TOKENS and self._layers[layer] is not None
+
+    def compute(
+        self,
+        layer: int,
+        records: dict[int, int],
+        hidden: torch.Tensor,
+        top_k: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `records` (expert → address) make of the tokens that chose them.
+
+        Returns their places in `top_k`, flattened, and the outputs [places, H], unweighted.
+        """
+        kernels = self._layers[layer]
+        assert kernels is not None, "never asked whether it takes this"
+        number = {expert: place for place, expert in enumerate(records)}
+        chosen, k = top_k.flatten().tolist(), top_k.shape[1]
+        places = [place for place, expert in enumerate(chosen) if expert in number]
+        wanted = np.array(places, np.int64)
+        which = np.array([number[chosen[place]] for place in places], np.int64)
+        out = hidden.new_empty(len(places), hidden.shape[1])
+        addresses = np.array(list(records.values()), np.int64)
+        x = hidden.contiguous().numpy()
+        kernels.begin(addresses, x, wanted // k, which, out.numpy())
+        kernels.finish()
+        return torch.from_numpy(wanted), out
+
+
+def _layout(module: nn.Module, manifest: Manifest, layer: int) -> ExpertLayout | None:
+    """None where there are no int8 kernels."""
+    try:
+        layout = expert_layout(module, manifest.class_of(layer))
+    except ModelError:
+        return None
+    return layout if supported(layout) is None and supports_int8(layout) else None

@@ -1,0 +1,91 @@
+"""Products of one packed matrix with a few tokens on the CPU, activations as int8."""
+
+import os
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from tierrun.engine.codecs.codec import Codec
+from tierrun.engine.codecs.packed import Packed
+from tierrun.engine.codecs.planes import TILE_ROWS
+from tierrun.engine.kernels.geometry import COLUMNS, ROWS, Geometry, packed_geometry
+from tierrun.engine.kernels.int8 import MOST_TOKENS, obstacle
+from tierrun.io.errors import StoreError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tierrun.engine.kernels.workers import Workers
+
+_TASK_WEIGHTS = 1 << 17
+"""Weights of a task: some 10 µs, so that threads end together."""
+
+
+class Int8Linear:
+    """Owns the rows of blocks that activations become, so one call at a time.
+
+    Its threads are shared by all who ask for as many.
+    """
+
+    def __init__(self, threads: int) -> None:
+        """`threads`, the caller's among them; no more than the process has cores."""
+        self._threads = max(1, min(threads, len(os.sched_getaffinity(0))))
+        self._workers: Workers | None = None
+        self._rows = np.empty(0, np.int64)
+
+    def takes(self, weight: Packed, tokens: int) -> bool:
+        """Whether there are kernels for so many tokens times `weight`."""
+        return 0 < tokens <= MOST_TOKENS and _matrix(weight) is not None
+
+    def __call__(self, x: torch.Tensor, weight: Packed) -> torch.Tensor:
+        """`x` fp32 [n, in], inputs in the stored order, times `weight` [out, in]: [n, out].
+
+        A row of the result depends on its row of `x` and on `weight` only.
+        """
+        from tierrun.engine.kernels import int8_tasks, workers
+
+        found = _matrix(weight)
+        assert found is not None, "never asked whether it takes this"
+        geometry, matrix = found
+        if self._workers is None:
+            self._workers = workers.workers(self._threads)
+        x, y = x.contiguous(), x.new_empty(len(x), geometry[ROWS])
+        rows = self._quantised(x, geometry[COLUMNS])
+        tiles = max(1, _TASK_WEIGHTS // (TILE_ROWS * geometry[COLUMNS]))
+        job = np.array(
+            [
+                *(int8_tasks.tile_function(geometry), matrix.ctypes.data, weight.data.data_ptr()),
+                *(len(x), rows.ctypes.data, y.data_ptr(), tiles),
+            ],
+            np.int64,
+        )
+        tasks = -(-geometry[ROWS] // (TILE_ROWS * tiles))
+        self._workers.run(int8_tasks.linear().address, job.ctypes.data, tasks)
+        return y
+
+    def _quantised(self, x: torch.Tensor, columns: int) -> "NDArray[np.int64]":
+        from tierrun.engine.kernels import int8_rows
+
+        nbytes = int8_rows.row_bytes(columns)
+        if self._rows.nbytes < len(x) * nbytes:
+            self._rows = np.empty(len(x) * nbytes // 8, np.int64)
+        for row in range(len(x)):
+            source, target = x.data_ptr() + 4 * columns * row, self._rows.ctypes.data + nbytes * row
+            int8_rows.quantise_row(source, columns, target)
+        return self._rows
+
+
+def _matrix(weight: Packed) -> "tuple[Geometry, NDArray[np.int64]] | None":
+    """The geometry of `weight`, as kernels read it too; None if there are none for it."""
+    return _found(weight.codec, weight.shape)
+
+
+@lru_cache
+def _found(codec: Codec, shape: torch.Size) -> "tuple[Geometry, NDArray[np.int64]] | None":
+    try:
+        geometry = packed_geometry(codec, shape)
+    except StoreError:  # levels that no kernel knows
+        return None
+    return None if obstacle(geometry) else (geometry, np.array(geometry, np.int64))

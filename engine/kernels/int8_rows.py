@@ -1,0 +1,108 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+"""Rows of activations as int8: blocks of 32 inputs with a scale and the sums of its two halves.
+
+    x[k] ≈ code[k] · scale,    scale = max |x| / 127
+
+A block is 48 bytes: 32 codes (−127 … 127), the scale (fp32), the sums of codes 0 … 15 and 16 … 31
+(int32), four bytes unused. One kind of row serves every codec. Where an activation is not finite
+the scale is NaN, and so is every product.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from tierrun.engine.kernels.lanes import BYTE, F32, I32, I64, Lanes, offset_by, total
+from tierrun.engine.kernels.native import at, put_real, real, stack
+
+BLOCK = 32
+BLOCK_BYTES = 48
+SCALE, SUMS = 32, 36
+"""Bytes into a block."""
+
+ZERO = np.float32(0)
+
+_LEVELS, _FP32_BYTES = 127.0, 4 * BLOCK
+
+
+@intrinsic
+def quantise_block(typingctx, source, target):
+    """32 fp32 numbers at `source` as a block at `target`."""
+
+    def codegen(context, builder, signature, arguments):
+        source, target = (at(builder, address, BYTE) for address in arguments)
+        _quantise(builder, source, target)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+def _quantise(builder, source, target) -> None:
+    lanes = Lanes(builder, BLOCK)
+    x = lanes.load(source, I64(0), F32, 4)
+    sizes = vector_call(lanes, "llvm.fabs", x)
+    largest = _called(builder, f"llvm.vector.reduce.fmax.v{BLOCK}f32", F32, [sizes])
+    # 0 where all are finite, else NaN
+    spoilt = total(builder, builder.fmul(x, lanes.number(0.0)))
+    scale = builder.fdiv(largest, F32(_LEVELS))
+    inverse = builder.fdiv(F32(_LEVELS), largest)
+    some = builder.fcmp_ordered(">", scale, F32(0.0))
+    inverse = builder.select(some, inverse, F32(0.0))
+    rounded = vector_call(lanes, "llvm.rint", builder.fmul(x, lanes.spread(inverse)))
+    kind = f"v{BLOCK}i32.v{BLOCK}f32"
+    codes = _called(builder, f"llvm.fptosi.sat.{kind}", lanes.kind(I32), [rounded])
+    codes = _clamped(lanes, codes)
+    store(builder, builder.trunc(codes, lanes.kind(BYTE)), target, 0)
+    store(builder, builder.fadd(scale, spoilt), target, SCALE)
+    for half in range(2):
+        order = ir.Constant(ir.VectorType(I32, 16), list(range(16 * half, 16 * half + 16)))
+        some = builder.shuffle_vector(codes, codes, order)
+        added = _called(builder, "llvm.vector.reduce.add.v16i32", I32, [some])
+        store(builder, added, target, SUMS + 4 * half)
+
+
+def _clamped(lanes: Lanes, codes):
+    """A scale that is subnormal has few bits: a quotient may be beyond."""
+    kind = lanes.kind(I32)
+    for name, bound in (("smin", int(_LEVELS)), ("smax", -int(_LEVELS))):
+        given = [codes, lanes.integer(bound)]
+        codes = _called(lanes.builder, f"llvm.{name}.v{BLOCK}i32", kind, given)
+    return codes
+
+
+def vector_call(lanes: Lanes, name: str, x):
+    """The intrinsic `name` of fp32 in every lane."""
+    return _called(lanes.builder, f"{name}.v{lanes.count}f32", lanes.kind(F32), [x])
+
+
+def _called(builder, name: str, result, given):
+    kind = ir.FunctionType(result, [value.type for value in given])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), given)
+
+
+def store(builder, value, pointer, offset: int) -> None:
+    """`value` at byte `offset` of `pointer`, aligned to nothing."""
+    place = offset_by(builder, pointer, I64(offset))
+    builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=1)
+
+
+@njit("void(int64, int64, int64)", nogil=True, cache=True)
+def quantise_row(source, columns, target):
+    """`columns` fp32 numbers at `source` to blocks at `target`; the last one is filled with 0."""
+    whole = columns // BLOCK
+    for i in range(whole):
+        quantise_block(source + 4 * BLOCK * i, target + BLOCK_BYTES * i)
+    if columns > BLOCK * whole:
+        last = stack(_FP32_BYTES)
+        for k in range(BLOCK):
+            inside = BLOCK * whole + k < columns
+            put_real(last + 4 * k, real(source + 4 * (BLOCK * whole + k)) if inside else ZERO)
+        quantise_block(last, target + BLOCK_BYTES * whole)
+
+
+@njit("int64(int64)", nogil=True, cache=True)
+def row_bytes(columns):
+    """Of a row of so many inputs."""
+    return (columns + BLOCK - 1) // BLOCK * BLOCK_BYTES

@@ -1,0 +1,298 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+"""Compiled code around `int8_tile`: the tasks of a layer's experts, and those of one matrix.
+
+One function is compiled for each codec; what is here is compiled once, and is told everything else
+(shapes, offsets, biases, the gate) in tables of int64.
+"""
+
+import hashlib
+import logging
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llvmlite import binding
+from numba import cfunc, njit
+from numpy.typing import NDArray
+
+from tierrun.engine.codecs import codec, planes
+from tierrun.engine.codecs.planes import TILE_ROWS
+from tierrun.engine.kernels import (
+    geometry,
+    host_codes,
+    host_product,
+    int8_dots,
+    int8_rows,
+    int8_tile,
+    lanes,
+    native,
+)
+from tierrun.engine.kernels.geometry import COLUMNS, ROWS, Geometry
+from tierrun.engine.kernels.host_job import (
+    ADDRESS,
+    BEGIN,
+    END,
+    HIDDEN,
+    INNER,
+    INNER_STRIDE,
+    OUT,
+    PLAN,
+    TABLE,
+    TABLE_ROW,
+    UNQUANTISED,
+    find_hidden,
+    find_inner,
+    pair,
+)
+from tierrun.engine.kernels.host_tasks import Tasks, bias_at
+from tierrun.engine.kernels.int8 import obstacle
+from tierrun.engine.kernels.int8_dots import WAYS, Way, possible
+from tierrun.engine.kernels.int8_gates import gated_block
+from tierrun.engine.kernels.int8_rows import (
+    BLOCK_BYTES,
+    ZERO,
+    quantise_block,
+    quantise_row,
+    row_bytes,
+)
+from tierrun.engine.kernels.int8_tile import TOGETHER, tile_dots, without_shape
+from tierrun.engine.kernels.matmul import Operand
+from tierrun.engine.kernels.matvec import DTYPE_KINDS, GATES, Gate
+from tierrun.engine.kernels.native import call_six, put_real, put_word, real, stack, word
+
+log = logging.getLogger(__name__)
+
+_TILE_BYTES = 4 * TILE_ROWS * TOGETHER
+_THREE_TILES, _ROW_BYTES, _INPUT_BYTES = 3 * _TILE_BYTES, 4 * TILE_ROWS, 8 * TOGETHER
+
+_CODE, _MATRIX, _AT, _BIAS, _BIAS_AT = 0, 8, 16, 24, 32
+_OPERAND_WORDS = 5
+"""Bytes into an operand: the address of its tile function, of its geometry, where in a record the
+matrix is, what its bias consists of (0: none) and where that is."""
+_FIRST, _DOWN, _GATE, _INTERLEAVED, _ALPHA, _LIMIT = 0, 40, 80, 88, 96, 104
+PLAN_WORDS = 14
+"""Bytes into a plan: two operands, then the gate; its two numbers are fp32."""
+
+
+@lru_cache
+def best_way() -> Way:
+    """The fastest way of this machine."""
+    found = binding.get_host_cpu_features()
+    return possible(frozenset(name for name, has in found.items() if has))[0]
+
+
+def tile_function(M: Geometry, way: Way | None = None) -> int:
+    """The address of what computes tiles of matrices like `M`, compiled or taken from disk.
+
+    A C function of the addresses of the geometry (int64) and of the matrix, the tile's number, and
+    the last three operands of `int8_tile.tile_dots`.
+
+    Raises:
+        ValueError: there is an `obstacle`.
+    """
+    if (reason := obstacle(M)) is not None:
+        raise ValueError(f"no int8 kernel for {reason}")
+    address: int = _compiled(without_shape(M), WAYS.index(way or best_way())).address
+    return address
+
+
+@lru_cache
+def _compiled(general: Geometry, way: int) -> Any:
+    """Kept on disk under its constants: numbers only, the digest of the sources among them."""
+    started = time.perf_counter()
+    found = cfunc("void(int64, int64, int64, int64, int64, int64)", cache=True)(
+        _tile(general, way, _digest())
+    )
+    if found.cache_hits == 0:
+        seconds = time.perf_counter() - started
+        log.info("compiled a CPU kernel (%s) in %.1f s; kept", WAYS[way].name, seconds)
+    return found
+
+
+@lru_cache
+def _digest() -> int:
+    """Of the sources of all that emits a tile function."""
+    kernels = (geometry, host_codes, host_product, int8_dots, int8_rows, int8_tile, lanes, native)
+    text = b"".join(Path(str(m.__file__)).read_bytes() for m in (codec, planes, *kernels))
+    return int.from_bytes(hashlib.sha256(text).digest()[:6])
+
+
+def _tile(M: Geometry, WAY: int, DIGEST: int) -> Any:
+    def tile(matrix, base, number, count, inputs, out):
+        if DIGEST:  # never 0: only what is used is a constant of the closure
+            tile_dots(M, WAY, matrix, base, number, count, inputs, out)
+
+    return tile
+
+
+class Plan:
+    """What the tasks of a layout are told; `address` is where, as long as this object lives."""
+
+    def __init__(self, first: Operand, down: Operand, gate: Gate) -> None:
+        self._shapes = [np.array(operand.matrix, np.int64) for operand in (first, down)]
+        self._words = np.zeros(PLAN_WORDS, np.int64)
+        operands = zip((first, down), self._shapes, strict=True)
+        for place, (operand, shape) in enumerate(operands):
+            start = place * _OPERAND_WORDS
+            self._words[start : start + _OPERAND_WORDS] = _operand(operand, shape)
+        self._words[_GATE // 8 : _INTERLEAVED // 8 + 1] = GATES.index(gate.kind), gate.interleaved
+        numbers = self._words.view(np.float32)
+        numbers[_ALPHA // 4], numbers[_LIMIT // 4] = gate.alpha, gate.limit
+        self.address: int = self._words.ctypes.data
+
+
+def _operand(operand: Operand, shape: NDArray[np.int64]) -> tuple[int, ...]:
+    bias = operand.bias
+    kind, offset = (0, 0) if bias is None else (DTYPE_KINDS[bias.dtype], bias.offset)
+    return tile_function(operand.matrix), shape.ctypes.data, operand.offset, kind, offset
+
+
+@njit("int64(int64)", cache=True)
+def _tiles(rows):
+    return (rows + TILE_ROWS - 1) // TILE_ROWS
+
+
+@njit("void(int64, int64, int64, int64, int64, int64)", cache=True)
+def _multiply(operand, base, tile, count, inputs, sums):
+    """One tile of an operand of the record at `base`."""
+    matrix = word(operand + _MATRIX)
+    call_six(word(operand + _CODE), matrix, base + word(operand + _AT), tile, count, inputs, sums)
+
+
+@njit("void(int64, int64, int64, int64, int64)", cache=True)
+def _add_bias(operand, base, first, rows, sums):
+    """Add the bias of some rows from `first` on to their sums, if there is one."""
+    kind = word(operand + _BIAS)
+    if kind != 0:
+        for r in range(rows):
+            value = bias_at(kind, base + word(operand + _BIAS_AT), first + r)
+            put_real(sums + 4 * r, real(sums + 4 * r) + value)
+
+
+@njit("void(int64, int64, int64, int64)", cache=True)
+def _join(sums, token, shift, ups):
+    """32 ups of a token that begin `shift` rows within the first of two tiles at `sums`."""
+    for r in range(TILE_ROWS):
+        tile, lane = (r + shift) // TILE_ROWS, (r + shift) % TILE_ROWS
+        put_real(ups + 4 * r, real(sums + tile * _TILE_BYTES + 4 * (TILE_ROWS * token + lane)))
+
+
+def _first(job, record, tile):
+    """32 gates and ups of a record, and the activation: a block for each of its tokens.
+
+    Where ups lie apart from gates they may begin within a tile (SHIFT): then 32 are in two.
+    """
+    row, plan = word(job + TABLE) + record * TABLE_ROW, word(job + PLAN)
+    base, end, operand = word(row + ADDRESS), word(row + END), plan + _FIRST
+    matrix = word(operand + _MATRIX)
+    width, tiles = word(matrix + 8 * ROWS) // 2, _tiles(word(matrix + 8 * ROWS))
+    interleaved, kind = word(plan + _INTERLEAVED) != 0, word(plan + _GATE)
+    alpha, limit = real(plan + _ALPHA), real(plan + _LIMIT)
+    inputs, sums, block = stack(_INPUT_BYTES), stack(_THREE_TILES), stack(_ROW_BYTES)
+    joined = stack(_ROW_BYTES)
+    gates, ups, shift = tile, tile + width // TILE_ROWS, width % TILE_ROWS
+    if interleaved:
+        gates, ups, shift = 2 * tile, 2 * tile + 1, 0
+    rows = min(TILE_ROWS, width - TILE_ROWS * tile)
+    for start in range(word(row + BEGIN), end, TOGETHER):
+        count = min(TOGETHER, end - start)
+        find_hidden(job, start, count, row_bytes(word(matrix + 8 * COLUMNS)), inputs)
+        _multiply(operand, base, gates, count, inputs, sums)
+        if ups < tiles:
+            _multiply(operand, base, ups, count, inputs, sums + _TILE_BYTES)
+        if shift != 0 and ups + 1 < tiles:
+            _multiply(operand, base, ups + 1, count, inputs, sums + 2 * _TILE_BYTES)
+        for i in range(count):
+            at_gates = sums + 4 * TILE_ROWS * i
+            at_ups = at_gates + _TILE_BYTES
+            if shift != 0:
+                at_ups = joined
+                _join(sums + _TILE_BYTES, i, shift, joined)
+            if interleaved:
+                _add_bias(operand, base, 2 * TILE_ROWS * tile, min(rows * 2, TILE_ROWS), at_gates)
+                left = max(rows * 2 - TILE_ROWS, 0)
+                _add_bias(operand, base, 2 * TILE_ROWS * tile + TILE_ROWS, left, at_ups)
+            else:
+                _add_bias(operand, base, TILE_ROWS * tile, rows, at_gates)
+                _add_bias(operand, base, width + TILE_ROWS * tile, rows, at_ups)
+            gated_block(at_gates, at_ups, interleaved, kind, alpha, limit, block)
+            for r in range(rows, TILE_ROWS):
+                put_real(block + 4 * r, ZERO)
+            to = word(job + INNER) + (start + i) * word(job + INNER_STRIDE)
+            quantise_block(block, to + BLOCK_BYTES * tile)
+
+
+def _down(job, record, tile):
+    """32 rows of down for a record's tokens."""
+    row, plan = word(job + TABLE) + record * TABLE_ROW, word(job + PLAN)
+    base, end, operand = word(row + ADDRESS), word(row + END), plan + _DOWN
+    width = word(word(operand + _MATRIX) + 8 * ROWS)
+    inputs, sums = stack(_INPUT_BYTES), stack(_TILE_BYTES)
+    for start in range(word(row + BEGIN), end, TOGETHER):
+        count = min(TOGETHER, end - start)
+        find_inner(job, start, count, inputs)
+        _multiply(operand, base, tile, count, inputs, sums)
+        for i in range(count):
+            to = word(job + OUT) + 4 * width * word(pair(job, start + i))
+            rows, found = min(TILE_ROWS, width - TILE_ROWS * tile), sums + 4 * TILE_ROWS * i
+            _add_bias(operand, base, TILE_ROWS * tile, rows, found)
+            for r in range(rows):
+                put_real(to + 4 * (TILE_ROWS * tile + r), real(found + 4 * r))
+
+
+def tasks(inner: int, outer: int) -> Tasks:
+    """The tasks of every layout, with the tiles of one of these widths."""
+    first, down = _functions()
+    tiles = -(-inner // TILE_ROWS), -(-outer // TILE_ROWS)
+    return Tasks(first.address, down.address, *tiles, (first, down))
+
+
+@lru_cache
+def _functions() -> tuple[Any, Any]:
+    """C functions of job, record and tile."""
+    first, down = (cfunc("void(int64, int64, int64)", cache=True)(f) for f in (_first, _down))
+    return first, down
+
+
+@njit("void(int64, int64)", nogil=True, cache=True)
+def prepare(job, tokens):
+    """Quantise the activations of a job, of so many tokens, if it is one of int8."""
+    plan = word(job + PLAN)
+    if plan != 0:
+        columns = word(word(plan + _FIRST + _MATRIX) + 8 * COLUMNS)
+        for token in range(tokens):
+            source = word(job + UNQUANTISED) + 4 * columns * token
+            quantise_row(source, columns, word(job + HIDDEN) + row_bytes(columns) * token)
+
+
+L_CODE, L_MATRIX, L_BASE, L_TOKENS, L_ROWS, L_OUT, L_TILES = 0, 8, 16, 24, 32, 40, 48
+"""Bytes into the job of one matrix: its tile function, geometry and bytes by address; tokens, their
+rows of blocks and of results [tokens, out] by address; tiles of a task."""
+LINEAR_WORDS = 7
+
+
+def _linear(job, task):
+    """Some tiles of one matrix for all tokens."""
+    matrix, tokens, tiles = word(job + L_MATRIX), word(job + L_TOKENS), word(job + L_TILES)
+    width, stride = word(matrix + 8 * ROWS), row_bytes(word(matrix + 8 * COLUMNS))
+    inputs, sums = stack(_INPUT_BYTES), stack(_TILE_BYTES)
+    last = min(tiles * (task + 1), _tiles(width))
+    for tile in range(tiles * task, last):
+        for start in range(0, tokens, TOGETHER):
+            count = min(TOGETHER, tokens - start)
+            for i in range(TOGETHER):
+                token = start + min(i, count - 1)
+                put_word(inputs + 8 * i, word(job + L_ROWS) + stride * token)
+            call_six(word(job + L_CODE), matrix, word(job + L_BASE), tile, count, inputs, sums)
+            for i in range(count):
+                to = word(job + L_OUT) + 4 * (width * (start + i) + TILE_ROWS * tile)
+                for r in range(min(TILE_ROWS, width - TILE_ROWS * tile)):
+                    put_real(to + 4 * r, real(sums + 4 * (TILE_ROWS * i + r)))
+
+
+@lru_cache
+def linear() -> Any:
+    """What `workers` calls for a task of one matrix."""
+    return cfunc("void(int64, int64)", cache=True)(_linear)
