@@ -299,6 +299,8 @@ class GpuBackend:
             self.vram.straight.close()
         self.queue.close()
         self._warm.slab.release()
+        if self._host is not None:
+            self._host.close()
         forget(experts_modules(self.model).values())
 
     def _compiles(self, store: Store) -> bool:

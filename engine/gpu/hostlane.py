@@ -132,3 +132,10 @@ class HostLane:
     def abandon(self) -> None:
         """Nothing is under way any more."""
         self.finish()
+
+    def close(self) -> None:
+        """Let the threads go, also where a recorded graph keeps the lane; nothing comes after."""
+        self.finish()
+        self._kernels.clear()
+        self._arrays.clear()
+        del self._workers

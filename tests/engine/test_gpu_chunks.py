@@ -308,7 +308,8 @@ class MeteredEngine(Engine):
 @pytest.fixture(scope="module")
 def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Model:
     directory = tmp_path_factory.mktemp("one_layer")
-    save_runnable("qwen3_moe", directory / "checkpoint", num_hidden_layers=1, vocab_size=48)
+    sizes = dict(num_hidden_layers=1, vocab_size=48, max_position_embeddings=8192)
+    save_runnable("qwen3_moe", directory / "checkpoint", **sizes)
     return convert("qwen3_moe", directory / "checkpoint", directory / "store")
 
 

@@ -19,6 +19,8 @@ PREFILL, DECODE = (40, 24) if CUDA else (9, 2)
 FAMILIES = ("qwen3_moe", "gpt_oss", "deepseek_v3", "qwen3_next") if CUDA else ("gpt_oss",)
 TYPICAL, TOLERANCE, TURNED = 5e-3, 2e-2, 0.15
 """Relative errors of a position: of most, of all but a share at which a router's tie turned."""
+COARSER = {"gpt_oss": 2.5}
+"""Families of which bf16 keeps less, by so much: see bench/results/gpu_parity.json."""
 
 
 class GpuEngine(Engine):
@@ -68,12 +70,13 @@ def test_logits_are_the_cpu_engines(
     outcome_with: Callable[[str, str], torch.Tensor],
 ) -> None:
     model = model_of(family)
-    with tierrun.load(model.store, ram="1GiB", device="cpu") as engine:
+    with tierrun.load(model.store, ram="1GiB", device="cpu", exact=True) as engine:
         wanted = outcome(engine)
     found = outcome_with(family, str(model.expert_bytes // 2))
     errors = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
-    assert errors.median() <= TYPICAL
-    assert (errors > TOLERANCE).float().mean() <= TURNED
+    coarser = COARSER.get(family, 1.0)
+    assert errors.median() <= coarser * TYPICAL
+    assert (errors > coarser * TOLERANCE).float().mean() <= TURNED
 
 
 @pytest.mark.parametrize("family", FAMILIES)

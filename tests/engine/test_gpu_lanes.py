@@ -1,6 +1,7 @@
 """The CPU computes some of what VRAM lacks: the same numbers, wherever an expert was computed."""
 
 import logging
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -134,6 +135,13 @@ def test_a_forward_pass_broken_off_leaves_the_lane_idle(tiny: Model) -> None:
         engine.hook.interrupted = False
         assert torch.isfinite(session.prefill([1])).all()
         engine.check_integrity()
+
+
+def test_a_closed_engine_has_no_threads_whoever_keeps_its_lane(tiny: Model) -> None:
+    with load(tiny, vram=str(tiny.smallest), lanes="cpu", ubatch=2) as engine:
+        kept = engine.backend._host
+        assert kept is not None
+    assert not [one for one in threading.enumerate() if one.name.startswith("tierrun-cpu")]
 
 
 @pytest.mark.parametrize(

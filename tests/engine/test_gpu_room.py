@@ -228,7 +228,8 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted 
 @pytest.fixture(scope="module")
 def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Model:
     directory = tmp_path_factory.mktemp("one_layer")
-    save_runnable("qwen3_moe", directory / "checkpoint", num_hidden_layers=1, vocab_size=48)
+    sizes = dict(num_hidden_layers=1, vocab_size=48, max_position_embeddings=2048)
+    save_runnable("qwen3_moe", directory / "checkpoint", **sizes)
     return convert("qwen3_moe", directory / "checkpoint", directory / "store")
 
 
@@ -296,7 +297,7 @@ class StayingEngine(MovingEngine):
 def test_a_cache_that_moved_is_recorded_anew(
     one_layer: Model, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found, tokens = [], PROMPT * 20
+    found, tokens = [], PROMPT * 27
     for kind, graphs in ((MovingEngine, True), (StayingEngine, True), (MovingEngine, False)):
         given = Options(
             ram="1GiB",
