@@ -91,7 +91,7 @@ def from_store(name: str, file: str, shape: Shape) -> Row:
 def lanes_row(name: str, mode: str) -> Row:
     """The hit rates are the seed's, since the result does not state them; memory and bus are those
     of another result of that day and card."""
-    found, other = result("gpu_lanes"), result("gpu_decode_35b_q4_k_vram20_2048")
+    found, other = result("gpu_lanes"), result("gpu_decode_35b_q4_k_vram20_2048_h200")
     machine = rates(other["memory_bandwidth"], other["upload_bandwidth"])
     row, whole = found["modes"][mode], Q4.expert_bytes
     machine = replace(machine, in_place=row["bytes_per_second"]["median"])
@@ -113,16 +113,17 @@ CALIBRATION = [
 
 RIGHT = [
     from_store("35B q4_k, 20 % in VRAM", "gpu_decode_35b_q4_k_vram20_2048", Q4),
-    lanes_row("35B q4_k, 1 % in VRAM, GPU reads RAM", "gpu"),
-    lanes_row("35B q4_k, 1 % in VRAM, CPU computes in RAM", "cpu"),
-    lanes_row("35B q4_k, 1 % in VRAM, both", "auto"),
+    lanes_row("H200: 35B q4_k, 1 % in VRAM, GPU reads RAM", "gpu"),
+    lanes_row("H200: 35B q4_k, 1 % in VRAM, CPU computes in RAM", "cpu"),
+    lanes_row("H200: 35B q4_k, 1 % in VRAM, both", "auto"),
 ]
 
 WRONG = [
+    from_store("H200: 35B q4_k, 20 % in VRAM", "gpu_decode_35b_q4_k_vram20_2048_h200", Q4),
     from_store("35B q4_k, 20 % in VRAM, `-ub 8192`", "gpu_decode_35b_q4_k_vram20_8192", Q4),
     from_store("35B q4_k, 20 % in VRAM, `--exact`", "gpu_decode_35b_q4_k_vram20", Q4),
     from_store("35B q4_k, 20 % of the layers in VRAM", "gpu_decode_35b_q4_k_layers", Q4),
-    disk_row("35B q4_k, 4 GiB of VRAM and of RAM"),
+    disk_row("H200: 35B q4_k, 4 GiB of VRAM and of RAM"),
 ]
 """docs/plan.md says why."""
 
