@@ -56,7 +56,7 @@ class Setting:
     ubatch: int = 0
     io: str = "auto"
     threads: int = 0
-    lanes: str = "gpu"
+    lanes: str = "auto"
     policy: str = "lfru"
 
     def load(self, store: Path, *others: Path) -> Engine:

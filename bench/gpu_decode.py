@@ -303,7 +303,7 @@ def main(
     ubatch: devices.Ubatch = 0,
     io: devices.Io = "auto",
     threads: devices.Threads = 0,
-    lanes: devices.LaneMode = "gpu",
+    lanes: devices.LaneMode = "auto",
     policy: devices.Policy = "lfru",
     tokens: Annotated[int, typer.Option(min=1, help="Measured per round.")] = 128,
     warmup: Annotated[int, typer.Option(help="Before them, unmeasured.")] = 16,

@@ -89,7 +89,7 @@ def main(
     tokens: Annotated[int, typer.Option(min=1, help="Measured per round.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Of decoding.")] = 3,
     seconds: Annotated[float, typer.Option(help="Of each look at the drive.")] = 3.0,
-    lanes: devices.LaneMode = "gpu",
+    lanes: devices.LaneMode = "auto",
     json_file: devices.JsonFile = None,
 ) -> None:
     """Decode with less VRAM and RAM than the experts take."""

@@ -265,7 +265,7 @@ def main(
     device: devices.Device = "cuda",
     vram: devices.VramBudget = "20%experts",
     ram: devices.RamBudget = "auto",
-    lanes: devices.LaneMode = "gpu",
+    lanes: devices.LaneMode = "auto",
     io: devices.Io = "auto",
     threads: devices.Threads = 0,
     ubatch: Annotated[int, typer.Option(min=16, help="Tokens of the chunk.")] = 2048,

@@ -43,7 +43,7 @@ class Options:
     depth: int = DEFAULT_DEPTH
     strict: bool = False
     exact: bool = False
-    lanes: str = "gpu"
+    lanes: str = "auto"
     compile: str = "auto"
     graphs: bool = True
 

@@ -1,5 +1,6 @@
 """Fixtures for everything: a store made by hand, directories on disk and in memory."""
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -33,6 +34,12 @@ def _no_thread_left() -> Iterator[None]:
     yield
     left = [t.name for t in set(threading.enumerate()) - before if t.name.startswith("tierrun")]
     assert not left, f"threads left: {left}"
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_by_default() -> None:
+    """Whatever level the command line has set in a test before."""
+    logging.getLogger("tierrun").setLevel(logging.NOTSET)
 
 
 @pytest.fixture
