@@ -25,21 +25,17 @@ from tierrun.bench.copies_plan import (
 )
 from tierrun.bench.io_sources import stored_sources
 from tierrun.bench.report import Spread, has_gpu_driver
-from tierrun.bench.running import gpu_asked_for, gpu_errors, status
+from tierrun.bench.running import check_memory, gpu_asked_for, gpu_errors, status
 from tierrun.bench.sheets import Sheet, in_words, sheet_of, show
 from tierrun.bench.timed import in_turns, rate
 from tierrun.io.errors import StoreError, UsageError
 from tierrun.io.extent import format_bytes
-from tierrun.tiers.budget import host_memory
 
 if TYPE_CHECKING:
     import torch
 
 _READ_TIMES = 4
 """Memory that `memory_read` goes through, in last-level caches."""
-
-_MEMORY_SHARE = 2
-"""At most one in so many bytes of the free memory is taken."""
 
 AIM = 0.97
 """Of the best of a plain torch loop's rounds: what the engine's copies are to reach."""
@@ -87,12 +83,8 @@ def _checked_needs(cases: Sequence[Case], plan: Plan) -> Needs:
     """Raises UsageError: nothing is left to measure, or there is not the memory for it."""
     if not cases:
         raise UsageError(f"--tests {','.join(plan.tests or ())}: {_no_gpu()}")
-    needs, free = Needs(cases), host_memory().free
-    if needs.in_host > free // _MEMORY_SHARE:
-        raise UsageError(
-            f"this takes {format_bytes(needs.in_host)} of memory, more than half of the "
-            f"{format_bytes(free)} that are free: choose fewer --tests or smaller --sizes"
-        )
+    needs = Needs(cases)
+    check_memory(needs.in_host, "fewer --tests or smaller --sizes")
     return needs
 
 

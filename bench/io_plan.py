@@ -14,7 +14,7 @@ from tierrun.bench.cells import Value
 from tierrun.bench.io_readers import DEVICE_READERS, READERS, HostBuffers, obstacle
 from tierrun.bench.io_sizes import ALL, USUAL
 from tierrun.bench.io_sources import Source
-from tierrun.bench.words import checked_duration, each, known
+from tierrun.bench.words import checked_duration, each, fair_seconds, known, left_out_notes
 from tierrun.io.errors import UsageError
 from tierrun.io.extent import PAGE, align_up, format_bytes, parse_bytes
 
@@ -84,8 +84,11 @@ class Plan:
         """Of each round of each case."""
         if self.seconds is not None:
             return self.seconds
-        fair = _BUDGET_SECONDS / max(1, num_cases * self.rounds) - _OVERHEAD_SECONDS
-        return _LONGEST if self.full else max(_SHORTEST, min(_LONGEST, round(fair, 2)))
+        if self.full:
+            return _LONGEST
+        goes = num_cases * self.rounds
+        budget = _BUDGET_SECONDS - goes * _OVERHEAD_SECONDS
+        return fair_seconds(goes, budget, _SHORTEST, _LONGEST)
 
 
 class Case(NamedTuple):
@@ -128,8 +131,7 @@ class Cases:
 
     def notes(self) -> Iterator[str]:
         """What was left out, a sentence for each reason."""
-        for reason, count in self.left_out.items():
-            yield f"left out ({count} {'cell' if count == 1 else 'cells'}): {reason}"
+        return left_out_notes(self.left_out)
 
 
 def choose_cases(

@@ -16,7 +16,7 @@ from tierrun.engine.kernels.host import HostExperts
 
 
 class CompiledCalls:
-    """Experts by compiled code that unpacks weights in registers, as the CPU lane computes them.
+    """Experts by compiled code that unpacks weights in registers, activations in fp32.
 
     Raises:
         ValueError: `engine.kernels.host.supported` says why not.

@@ -13,20 +13,16 @@ from tierrun.bench.cells import Cell, Results
 from tierrun.bench.kernels_bench import METRICS, Found, measure_all, open_bench
 from tierrun.bench.kernels_plan import COMPILED, EXPAND, MATMUL, MATVEC, Case, Plan, largest_record
 from tierrun.bench.report import has_gpu_driver, spread
-from tierrun.bench.running import gpu_asked_for, gpu_errors, status
+from tierrun.bench.running import check_memory, gpu_asked_for, gpu_errors, status
 from tierrun.bench.sheets import Sheet, in_words, sheet_of
+from tierrun.bench.words import left_out_notes
 from tierrun.io.errors import UsageError
-from tierrun.io.extent import format_bytes
-from tierrun.tiers.budget import host_memory
 
 _GPU_BYTES = 1 << 30
 """Of weights in a GPU: far more than its caches have."""
 
 _CACHES = 2
 """As much as so many of the CPU's last-level caches, in host memory."""
-
-_MEMORY_SHARE = 2
-"""At most one in so many bytes of the free memory is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +80,8 @@ def _weight_bytes(cases: Sequence[Case], device: str) -> int:
     least = 2 * largest_record(list(cases))
     if device != "cpu":
         return max(_GPU_BYTES, least)
-    nbytes, free = max(more_than_cached(cache_bytes(), _CACHES), least), host_memory().free
-    if nbytes > free // _MEMORY_SHARE:
-        raise UsageError(
-            f"this takes {format_bytes(nbytes)} of memory, more than half of the "
-            f"{format_bytes(free)} that are free: choose smaller --layers"
-        )
+    nbytes = max(more_than_cached(cache_bytes(), _CACHES), least)
+    check_memory(nbytes, "smaller --layers")
     return nbytes
 
 
@@ -108,8 +100,7 @@ def _possible(cases: Sequence[Case], names: Mapping[str, str]) -> tuple[list[Cas
     counts = Counter(hindrances.values())
     if not left:
         raise UsageError(f"nothing can be measured: {'; '.join(counts) or 'no device'}")
-    said = counts.items()
-    return left, [f"left out ({n} {'cell' if n == 1 else 'cells'}): {why}" for why, n in said]
+    return left, list(left_out_notes(counts))
 
 
 def _uncompiled(cases: Sequence[Case], device: str) -> Mapping[Case, str]:
@@ -164,7 +155,7 @@ def _about(cells: Sequence[Cell]) -> Iterator[str]:
         "its weights in a cache"
     )
     if COMPILED in kernels:
-        yield f"{COMPILED}: unpacks in registers (the CPU lane beside a GPU)"
+        yield f"{COMPILED}: unpacks in registers, activations in fp32 (int8: bench/kernels_int8.py)"
     if EXPAND in kernels:
         yield f"{EXPAND}: expands to fp32 tile by tile, for torch's products"
     if kernels & {MATVEC, MATMUL}:

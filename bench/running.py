@@ -1,4 +1,4 @@
-"""What the runs of several benchmarks begin with: the device, and a line that says what is done."""
+"""What the runs of several benchmarks begin with: device, memory, a line that says what is done."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from tierrun.bench.report import has_gpu_driver
-from tierrun.io.errors import DeviceError
+from tierrun.io.errors import DeviceError, UsageError
+from tierrun.io.extent import format_bytes
+from tierrun.tiers.budget import host_memory
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,20 @@ def gpu_asked_for(asked: str) -> "torch.device | None":
 
     device, _ = choose_device(asked)
     return device if device.type == "cuda" else None
+
+
+def check_memory(nbytes: int, choice: str) -> None:
+    """Half of the free host memory is left alone.
+
+    Raises:
+        UsageError: `nbytes` are more than the other half; `choice` says what takes less.
+    """
+    free = host_memory().free
+    if nbytes > free // 2:
+        raise UsageError(
+            f"this takes {format_bytes(nbytes)} of memory, more than half of the "
+            f"{format_bytes(free)} that are free: choose {choice}"
+        )
 
 
 @contextmanager

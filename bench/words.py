@@ -1,7 +1,7 @@
 """Words of a command line that several benchmarks understand, and how long their rounds last."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from tierrun.io.errors import UsageError
@@ -43,6 +43,12 @@ def checked_duration(seconds: float | None) -> float | None:
 def fair_seconds(num_goes: int, budget: float, shortest: float, longest: float) -> float:
     """What each of so many goes may last, between two limits, so that all take `budget` seconds."""
     return max(shortest, min(longest, round(budget / max(1, num_goes), 2)))
+
+
+def left_out_notes(counts: Mapping[str, int]) -> Iterator[str]:
+    """Reason → how many cells it has left out, in words."""
+    for reason, count in counts.items():
+        yield f"left out ({count} {'cell' if count == 1 else 'cells'}): {reason}"
 
 
 def swept(most: int) -> list[int]:

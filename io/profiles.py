@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from tierrun.io.drives import Drive
 from tierrun.io.reader import Measured
+from tierrun.io.whole import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -164,11 +165,8 @@ class ProfileFile:
 
     def write(self, profile: Profile) -> None:
         """Keep `profile`, whole or not at all."""
-        draft = self._path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            draft.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(profile.to_json())
-            draft.replace(self._path)
+            write_whole(self._path, profile.to_json())
         except OSError as error:
             log.warning(
                 "%s cannot be written (%s): every run measures the drive again",

@@ -28,6 +28,9 @@ Directories = Annotated[
         show_default=False,
     ),
 ]
+Device = Annotated[
+    str, typer.Option("--device", envvar="TIERRUN_DEVICE", help="auto, cpu, cuda, cuda:N.")
+]
 Duration = Annotated[
     float | None,
     typer.Option("--duration", help="Seconds of each cell and round. Default: what ends in time."),
@@ -79,9 +82,7 @@ def bench_io(
         str | None,
         typer.Option("--size", help="Test file, where a directory holds no store. Default: 8GiB."),
     ] = None,
-    device: Annotated[
-        str, typer.Option("--device", envvar="TIERRUN_DEVICE", help="auto, cpu, cuda, cuda:N.")
-    ] = "auto",
+    device: Device = "auto",
     vs_fio: Annotated[
         bool, typer.Option("--vs-fio", help="Direct reads only, in turns with fio.")
     ] = False,
@@ -131,9 +132,7 @@ def bench_copies(
         str | None, typer.Option("--threads", help="That read memory: 1,4. Default: 1, 2, 4 … all.")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Every size, half a second each.")] = False,
-    device: Annotated[
-        str, typer.Option("--device", envvar="TIERRUN_DEVICE", help="auto, cpu, cuda, cuda:N.")
-    ] = "auto",
+    device: Device = "auto",
     duration: Duration = None,
     rounds: Rounds = 5,
     json_file: JsonFile = None,

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
+from tierrun.engine.options import Options
 from tierrun.io.errors import UsageError
 from tierrun.tools.arguments import NvmeDir, StoreArgument, store_directories
-from tierrun.tools.bench import CompareFile, CsvFile, JsonFile, MdFile, PlotFile
+from tierrun.tools.bench import CompareFile, CsvFile, Device, JsonFile, MdFile, PlotFile
 
-Device = Annotated[
-    str, typer.Option("--device", envvar="TIERRUN_DEVICE", help="auto, cpu, cuda, cuda:N.")
-]
+_DEFAULT = Options()
+
 Io = Annotated[str, typer.Option("--io", help="How shards are read: auto, direct, mmap, …")]
 Threads = Annotated[int, typer.Option("-t", "--threads", min=0, help="0: all cores but one.")]
 
@@ -81,14 +81,15 @@ def bench_store(
         console.print(describe_models(), highlight=False, markup=False)
         return
     asked = Asked(like, layers, experts, top_k, hidden, intermediate, vocabulary, sigma)
-    name, shape, usual = asked.resolve(find_routing(routing))
+    way = find_routing(routing)
+    name, shape, usual = asked.resolve(way)
     if peers and resident_codec != "q4_k":
         raise UsageError("--peers: resident matrices are in --codec too; leave --resident-codec")
     from tierrun.bench.synthetic import PERCENTS, PeerFiles, build_for_peers, skew
     from tierrun.bench.synthetic_store import build_store
     from tierrun.io.extent import format_bytes
 
-    started, way, chosen = time.perf_counter(), find_routing(routing), codec or usual
+    started, chosen = time.perf_counter(), codec or usual
     if peers:
         manifest = build_for_peers(directory, shape, chosen, seed, force=force, routing=way)
     else:
@@ -139,7 +140,7 @@ def bench_model(
     ] = 0,
     lanes: Annotated[
         str, typer.Option("--lanes", help="Experts in RAM, beside a GPU: auto, gpu, cpu.")
-    ] = "gpu",
+    ] = _DEFAULT.lanes,
     policy: Annotated[str, typer.Option("--policy", help="lfru, lru, layers.")] = "lfru",
     exact: Annotated[bool, typer.Option("--exact", help="The same bits for any budget.")] = False,
     learn: Annotated[
@@ -231,7 +232,6 @@ def bench_pipeline(
     from tierrun.bench.pipeline_plots import plot_pipeline
     from tierrun.bench.pipeline_run import Request, run_pipeline
     from tierrun.bench.report import open_console
-    from tierrun.engine.options import Options
     from tierrun.io.reads import DEFAULT_DEPTH
 
     outputs = Outputs(json_file, csv_file, md_file, plot_file, compare)

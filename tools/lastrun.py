@@ -5,7 +5,6 @@
 
 import json
 import logging
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from tierrun.engine.engine import Engine
 from tierrun.io.errors import UsageError
 from tierrun.io.store import Store
+from tierrun.io.whole import write_whole
 from tierrun.tiers.usage import UsageFile
 from tierrun.tools.report import Answer
 
@@ -66,11 +66,8 @@ def remember(engine: Engine, answer: Answer) -> None:
         read_bytes=sum(c.read_bytes for c in counters),
     )
     path = _path(engine.store)
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(asdict(run), indent=1) + "\n")
-        draft.replace(path)
+        write_whole(path, json.dumps(asdict(run), indent=1) + "\n")
     except OSError as error:
         log.warning("the run's figures not saved to %s: %s", path, error.strerror)
 

@@ -62,7 +62,7 @@ class HostExperts:
         if (reason := supported(layout)) is not None:
             raise ValueError(reason)
         # numba takes a second to import: only whoever wants kernels waits for it
-        from tierrun.engine.kernels import host_job, host_tasks, int8_tasks, workers
+        from tierrun.engine.kernels import host_job, host_tasks, int8_rows, int8_tasks, workers
 
         (first,), down = layout.first, layout.down
         self._hidden, self._inner = first.matrix[COLUMNS], down.matrix[COLUMNS]
@@ -72,8 +72,12 @@ class HostExperts:
         if int8 and supports_int8(layout):
             self._plan = int8_tasks.Plan(first, down, layout.gate)
             self._tasks = int8_tasks.tasks(self._inner, self._outer)
+            self._row_words = int8_rows.row_bytes(self._hidden) // 8
         else:
             self._tasks = host_tasks.tasks(first, down, layout.gate)
+            self._row_words = 0
+        # bytes from one row between the products to the next: fp32, or blocks, which are smaller
+        self._stride = align_up(4 * align_up(self._inner, int8_rows.BLOCK), _ALIGNMENT)
         self._host, self._prepare = host_job, int8_tasks.prepare
         self._workers = workers.workers(max(1, min(threads, _cores())))
         self._table = self._inners = self._rows = np.empty(0, np.int64)
@@ -116,13 +120,11 @@ class HostExperts:
         assert hidden.flags.c_contiguous and out.flags.c_contiguous
         assert hidden.dtype == out.dtype == np.float32 and len(tokens) == len(which)
         assert not (addresses % _ALIGNMENT).any()
-        stride = self._reserve(len(addresses), len(which), len(hidden))
+        self._reserve(len(addresses), len(which), len(hidden))
         used = self._host.arrange(addresses, tokens, len(hidden), which, self._table)
         if used < 0:
             raise IndexError(f"no such record among {len(addresses)}, or token among {len(hidden)}")
-        self._job[:] = self._filled(
-            used, hidden, out, self._inners, stride, self._table, self._rows
-        )
+        self._job[:] = self._filled(used, hidden, out, self._inners, self._table, self._rows)
         if self._plan is not None:
             self._prepare(self._job.ctypes.data, len(hidden))
         tasks = used * (self._tasks.first_tiles + self._tasks.down_tiles)
@@ -150,10 +152,10 @@ class HostExperts:
 
         most, found = len(out), self._tasks
         words = most * (self._host.TABLE_ROW // 8) + 2 * most
-        table, stride = np.zeros(words, np.int64), self._stride
-        inners = np.zeros(most * stride // 8, np.int64)
+        table = np.zeros(words, np.int64)
+        inners = np.zeros(most * self._stride // 8, np.int64)
         rows = np.zeros(len(hidden) * self._row_words, np.int64)
-        job = np.array(self._filled(0, hidden, out, inners, stride, table, rows), np.int64)
+        job = np.array(self._filled(0, hidden, out, inners, table, rows), np.int64)
         self._kept += [hidden, out, inners, rows, table, job]
         return LaneArrays(
             self._workers.state,
@@ -173,23 +175,12 @@ class HostExperts:
         """Its threads."""
         return self._workers
 
-    @property
-    def _stride(self) -> int:
-        """Bytes from one row between the products to the next: fp32, or whole blocks of 48."""
-        return align_up(4 * align_up(self._inner, 32), _ALIGNMENT)
-
-    @property
-    def _row_words(self) -> int:
-        """Room for a row of blocks (48 bytes for 32 inputs), in int64."""
-        return 0 if self._plan is None else -(-self._hidden // 32) * 6
-
     def _filled(
         self,
         used: int,
         hidden: NDArray[np.float32],
         out: NDArray[np.float32],
         inners: NDArray[np.int64],
-        stride: int,
         table: NDArray[np.int64],
         rows: NDArray[np.int64],
     ) -> tuple[int, ...]:
@@ -198,21 +189,19 @@ class HostExperts:
         plan, taken = (0, given) if self._plan is None else (self._plan.address, rows.ctypes.data)
         return (
             *(found.first, found.down, used, found.first_tiles, found.down_tiles),
-            *(taken, out.ctypes.data, inners.ctypes.data, stride, table.ctypes.data),
+            *(taken, out.ctypes.data, inners.ctypes.data, self._stride, table.ctypes.data),
             *(plan, given),
         )
 
-    def _reserve(self, records: int, assignments: int, tokens: int) -> int:
-        """Make room for so many; the bytes from one row between the products to the next."""
+    def _reserve(self, records: int, assignments: int, tokens: int) -> None:
+        """Make room for so many."""
         words = records * (self._host.TABLE_ROW // 8) + 2 * assignments
         if len(self._table) < words:
             self._table = np.empty(2 * words, np.int64)
-        stride = self._stride
-        if self._inners.nbytes < assignments * stride:
-            self._inners = np.empty(2 * assignments * stride // 8, np.int64)
+        if self._inners.nbytes < assignments * self._stride:
+            self._inners = np.empty(2 * assignments * self._stride // 8, np.int64)
         if len(self._rows) < tokens * self._row_words:
             self._rows = np.empty(tokens * self._row_words, np.int64)
-        return stride
 
 
 def _cores() -> int:
