@@ -12,8 +12,7 @@ from tierrun.engine.compiled import CompiledExperts
 from tierrun.engine.context import Context, CpuContext
 from tierrun.engine.devices import choose_device
 from tierrun.engine.experts import ExpertsHook
-from tierrun.engine.kernels.cpu import CpuKernels
-from tierrun.engine.kernels.int8_linear import Int8Linear
+from tierrun.engine.kernels.cpu import cpu_kernels
 from tierrun.engine.kernels.int8_ready import Int8Ready
 from tierrun.engine.lookahead import Lookahead
 from tierrun.engine.model import load_model
@@ -99,7 +98,7 @@ class HostBackend:
             if ready is not None:
                 ready.wait()
         threads = options.num_threads
-        kernels = CpuKernels(None if options.exact else Int8Linear(threads))
+        kernels = cpu_kernels(threads, exact=options.exact)
         self.model = load_model(store, weights, kernels)
         compiled = None if options.exact else self._compiled(store, threads)
         self.queue = open_queue(store, reader, options)

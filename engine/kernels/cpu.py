@@ -16,6 +16,11 @@ TILE_ELEMENTS = 1 << 20
 """Weights widened at once: 4 MiB of fp32, the fastest of 64 KiB … 12 MiB measured (bench/)."""
 
 
+def cpu_kernels(threads: int, *, exact: bool) -> "CpuKernels":
+    """Those of an engine with so many threads: few tokens in int8, unless it is `exact`."""
+    return CpuKernels(None if exact else Int8Linear(threads))
+
+
 class CpuKernels:
     """The products of one engine; owns the scratch tile, so one call at a time.
 

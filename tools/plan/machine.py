@@ -19,12 +19,14 @@ from typing import NamedTuple
 
 import torch
 
+from tierrun.bench.caches import cache_bytes
 from tierrun.engine.codecs.weight import matrix_view
-from tierrun.engine.kernels.cpu import CpuKernels
+from tierrun.engine.kernels.cpu import cpu_kernels
 from tierrun.engine.options import Options
 from tierrun.io.extent import PAGE
 from tierrun.io.profiles import cache_directory
 from tierrun.io.store import RecordClass
+from tierrun.io.whole import write_whole
 from tierrun.tiers.budget import host_memory
 from tierrun.tiers.memory import OrdinaryMemory
 from tierrun.tools.plan.overhead import layer_overhead
@@ -34,7 +36,6 @@ log = logging.getLogger(__name__)
 _DISTINCT_BYTES = 256 << 20
 """Of memory to read in turn, beside what the last cache holds."""
 
-_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _DEVICE_BYTES = 1 << 30
 _SIDE = 1024
 _SECONDS, _LEAST_RUNS = 0.5, 3
@@ -75,8 +76,8 @@ class Machine:
     def kernels(self, record: RecordClass) -> float:
         """Bytes per second that the CPU makes of records like `record`, a token at a time."""
         codecs = [f"{m.codec} {list(m.shape)}" for m in record.matrices if len(m.shape) == 2]
-        measure = lambda: (_kernel_bandwidth(record),)  # noqa: E731
-        return self._kept.get(_host_key(", ".join(codecs)), measure)[0]
+        key = _host_key(f"one token, {', '.join(codecs)}")
+        return self._kept.get(key, lambda: (_kernel_bandwidth(record),))[0]
 
     def overhead(self, top_k: int) -> float:
         """Seconds that a layer takes on the CPU beside its weights and reads."""
@@ -117,7 +118,8 @@ def _measure_host() -> tuple[float, ...]:
 def _kernel_bandwidth(record: RecordClass) -> float:
     """Bytes per second of one token through records in turn."""
     count = max(1, _distinct_bytes() // record.nbytes)
-    kernels, matrices = CpuKernels(), [m for m in record.matrices if len(m.shape) == 2]
+    kernels = cpu_kernels(Options().num_threads, exact=False)
+    matrices = [m for m in record.matrices if len(m.shape) == 2]
     memory = OrdinaryMemory().allocate(count * record.nbytes).fill_(_SANE_BYTE)
     records = (memory[i * record.nbytes : (i + 1) * record.nbytes] for i in range(count))
     inputs = [torch.ones(1, matrix.shape[1]) for matrix in matrices]
@@ -132,11 +134,7 @@ def _kernel_bandwidth(record: RecordClass) -> float:
 
 def _distinct_bytes() -> int:
     """More than caches hold (a virtual machine sees its host's), but not much of what is free."""
-    try:
-        cache = int(_CACHE.read_text().strip().removesuffix("K")) << 10
-    except (OSError, ValueError):
-        cache = 0
-    return min(_DISTINCT_BYTES + cache, host_memory().free // 4 // PAGE * PAGE)
+    return min(_DISTINCT_BYTES + cache_bytes(), host_memory().free // 4 // PAGE * PAGE)
 
 
 def _measure_device(device: torch.device) -> tuple[float, ...]:
@@ -194,11 +192,8 @@ class _Kept:
             return {}
 
     def _write(self) -> None:
-        draft = self._path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            draft.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(json.dumps(self._known, indent=1) + "\n")
-            draft.replace(self._path)
+            write_whole(self._path, json.dumps(self._known, indent=1) + "\n")
         except OSError as error:
             log.warning("%s cannot be written (%s)", self._path, error.strerror or error)
 

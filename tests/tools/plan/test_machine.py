@@ -29,7 +29,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("_SECONDS", 0.0),
         ("_DISTINCT_BYTES", 1 << 20),
         ("_SIDE", 64),
-        ("_CACHE", tmp_path),
+        ("cache_bytes", lambda: 0),
     ):
         monkeypatch.setattr(machine, name, value)
     monkeypatch.setattr(drive, "_SECONDS", 0.01)
