@@ -121,14 +121,14 @@ def _fill(reader: str, paths: Sequence[Path], lanes: int, stack: ExitStack) -> _
     if reader.startswith("mmap"):
         from tierrun.io.mapped import MappedReader
 
-        mapped = MappedReader(paths, 1)
-        stack.callback(mapped.release)
-        return mapped.fill
+        mapped = MappedReader(paths)
+        stack.callback(mapped.close)
+        return mapped.read
     from tierrun.io.gds import GdsReader
 
     kvikio = GdsReader(paths, lanes, compat=reader == "kvikio-compat")
-    stack.callback(kvikio.release)
-    return kvikio.fill
+    stack.callback(kvikio.close)
+    return kvikio.read
 
 
 def _open_files(paths: Sequence[Path], flags: int, stack: ExitStack) -> list[int]:
@@ -173,7 +173,7 @@ def _device_reader(
         from tierrun.io.gds import GdsReader
 
         kvikio = GdsReader(paths, lanes, compat=reader == "kvikio-compat")
-        stack.callback(kvikio.release)
+        stack.callback(kvikio.close)
         return kvikio
     from tierrun.tiers.staging import BounceBuffers, StagedReader
 

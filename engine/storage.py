@@ -121,7 +121,7 @@ def open_straight(
     if to_device == "gds":
         kvikio = GdsReader(paths, options.depth)
         reader = SparedDeviceReader(kvikio, staged)
-        closers.append(kvikio.release)
+        closers.append(kvikio.close)
 
     def close() -> None:
         for closer in closers:

@@ -1,4 +1,4 @@
-"""Buffered reads through the page cache, with aiofiles.
+"""Buffered reads through the page cache, with aiofiles on an event loop of their own.
 
 For filesystems without direct I/O, and for machines with memory to spare, where the page cache
 serves what the tiers do not hold.
@@ -6,6 +6,7 @@ serves what the tiers do not hold.
 
 import asyncio
 import errno
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,8 +31,17 @@ class BufferedReader:
         self._pool = ThreadPoolExecutor(
             num_threads(paths, depth), thread_name_prefix="tierrun-buffered"
         )
+        self._loop = _new_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="tierrun-buffered-loop", daemon=True
+        )
+        self._thread.start()
 
-    async def read(self, shard: int, offset: int, into: memoryview) -> None:
+    def read(self, shard: int, offset: int, into: memoryview) -> None:
+        """See `Reader`."""
+        asyncio.run_coroutine_threadsafe(self._read(shard, offset, into), self._loop).result()
+
+    async def _read(self, shard: int, offset: int, into: memoryview) -> None:
         file = await self._take(shard)
         try:
             await file.seek(offset)
@@ -58,8 +68,23 @@ class BufferedReader:
                 raise OSError(errno.EIO, f"the file ends at byte {offset + done}")
             done += count
 
-    async def close(self) -> None:
+    def close(self) -> None:
+        """See `Reader`."""
+        asyncio.run_coroutine_threadsafe(self._close_files(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._pool.shutdown()
+
+    async def _close_files(self) -> None:
         for handles in self._idle:
             for file in handles:
                 await file.close()
-        self._pool.shutdown()
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # no uvloop on this platform; asyncio's own loop does the same, slower
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()

@@ -9,12 +9,10 @@ others go on writing into its buffer. Where cuFile is not used, kvikio reads int
 one per thread, and copies; they are as large as the parts that the engine asks for.
 """
 
-import asyncio
 import errno
 import mmap
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -65,12 +63,11 @@ class GdsReader:
     def __init__(self, paths: Sequence[Path], depth: int, *, compat: bool = False) -> None:
         """`compat`: without cuFile, whether or not there is GPUDirect Storage (to compare)."""
         kvikio = _kvikio()
-        threads = num_threads(paths, depth)
         if compat:  # a file keeps the mode that it was opened in
             kvikio.defaults.set({"compat_mode": kvikio.CompatMode.ON})
         kvikio.defaults.set(
             {
-                "num_threads": threads,
+                "num_threads": num_threads(paths, depth),
                 "task_size": PART_BYTES,
                 "bounce_buffer_size": PART_BYTES,
                 "gds_threshold": _GDS_THRESHOLD,
@@ -80,12 +77,10 @@ class GdsReader:
         for path in paths:
             os.stat(path)  # kvikio's own error about a missing file has no errno
         self._files = [_call(kvikio.CuFile, path) for path in paths]
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tierrun-gds")
 
-    async def read(self, shard: int, offset: int, into: memoryview) -> None:
+    def read(self, shard: int, offset: int, into: memoryview) -> None:
         """See `Reader`."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._pool, self.fill, shard, offset, into)
+        self._fill(shard, offset, into)
 
     def read_device(self, shard: int, offset: int, into: OnDevice) -> None:
         """Fill `into` from `offset` of shard number `shard`; blocks, calls may overlap.
@@ -98,22 +93,16 @@ class GdsReader:
         Raises:
             OSError: kvikio's error, or EIO where the file ends early.
         """
-        self.fill(shard, offset, into)
+        self._fill(shard, offset, into)
 
-    def fill(self, shard: int, offset: int, into: memoryview | OnDevice) -> None:
-        """`read` and `read_device`, for who has no event loop; blocks."""
+    def _fill(self, shard: int, offset: int, into: memoryview | OnDevice) -> None:
         nbytes = into.nbytes
         count = _call(lambda: self._files[shard].pread(into, nbytes, offset, nbytes).get())
         if count != nbytes:
             raise OSError(errno.EIO, f"the file ends at byte {offset + count}")
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """See `Reader`."""
-        self.release()
-
-    def release(self) -> None:
-        """`close`, for who has no event loop."""
-        self._pool.shutdown()
         for file in self._files:
             file.close()
 

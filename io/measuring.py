@@ -3,13 +3,13 @@
 Nothing is written, and the page cache is not used: the ways measured read past it.
 """
 
-import asyncio
 import itertools
 import logging
 import mmap
 import random
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple, Protocol
 
 from tierrun.io.profiles import Cell, Way
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 class Trial(Protocol):
     """A way of reading, into memory of its own; `lane` is which of the overlapping reads it is."""
 
-    async def read(self, lane: int, place: Place, nbytes: int) -> None: ...
+    def read(self, lane: int, place: Place, nbytes: int) -> None: ...
 
 
 class HostTrial:
@@ -51,10 +51,10 @@ class HostTrial:
         count = max(1, _BUFFER_BYTES // nbytes)
         self._buffers = [memoryview(mmap.mmap(-1, nbytes)) for _ in range(count)]
 
-    async def read(self, lane: int, place: Place, nbytes: int) -> None:
+    def read(self, lane: int, place: Place, nbytes: int) -> None:
         """See `Trial`."""
         buffer = self._buffers[lane % len(self._buffers)]
-        await self._reader.read(place.shard, place.offset, buffer[:nbytes])
+        self._reader.read(place.shard, place.offset, buffer[:nbytes])
 
 
 class Plan(NamedTuple):
@@ -93,49 +93,48 @@ def places_of(store: Store, nbytes: int, seed: int = 0) -> list[Place]:
     return [Place(record.shard, record.offset) for record in records]
 
 
-async def measure(store: Store, trials: Mapping[Way, Trial], plan: Plan) -> list[Cell]:
+def measure(store: Store, trials: Mapping[Way, Trial], plan: Plan) -> list[Cell]:
     """Every way at every size and depth; one that fails is left out, and that is said."""
     cells: list[Cell] = []
     for way, trial in trials.items():
         try:
-            cells += [cell async for cell in _measure_one(store, way, trial, plan)]
+            cells += _measure_one(store, way, trial, plan)
         except OSError as error:
             log.warning("%s could not be measured: %s", way.label, error.strerror or error)
     return cells
 
 
-async def _measure_one(store: Store, way: Way, trial: Trial, plan: Plan) -> AsyncIterator[Cell]:
+def _measure_one(store: Store, way: Way, trial: Trial, plan: Plan) -> Iterator[Cell]:
     for nbytes in plan.sizes:
         places = itertools.cycle(places_of(store, nbytes))
         for depth in plan.depths:
-            bandwidth = await _bandwidth(trial, places, nbytes, depth, plan.seconds)
+            bandwidth = _bandwidth(trial, places, nbytes, depth, plan.seconds)
             yield Cell(way, nbytes, depth, bandwidth)
 
 
-async def _bandwidth(
+def _bandwidth(
     trial: Trial, places: Iterator[Place], nbytes: int, depth: int, seconds: float
 ) -> float:
     """Bytes per second of `depth` reads at once, after one of each lane that does not count."""
 
-    async def lane(number: int, deadline: float) -> int:
+    def lane(number: int, deadline: float) -> int:
         count = 0
         while count == 0 or time.perf_counter() < deadline:
-            await trial.read(number, next(places), nbytes)
+            trial.read(number, next(places), nbytes)
             count += 1
         return count
 
-    async def all_lanes(deadline: float) -> int:
-        lanes = (lane(number, deadline) for number in range(depth))
-        counts = await asyncio.gather(*lanes, return_exceptions=True)
-        for count in counts:
-            if isinstance(count, BaseException):
-                raise count
-        return sum(count for count in counts if isinstance(count, int))
+    with ThreadPoolExecutor(depth, thread_name_prefix="tierrun-trial") as pool:
 
-    await all_lanes(0.0)
-    started = time.perf_counter()
-    count = await all_lanes(started + seconds)
-    return count * nbytes / (time.perf_counter() - started)
+        def all_lanes(deadline: float) -> int:
+            lanes = [pool.submit(lane, number, deadline) for number in range(depth)]
+            wait(lanes)  # also for those that go on where one has failed
+            return sum(one.result() for one in lanes)
+
+        all_lanes(0.0)
+        started = time.perf_counter()
+        count = all_lanes(started + seconds)
+        return count * nbytes / (time.perf_counter() - started)
 
 
 def describe(cells: Iterable[Cell]) -> Iterator[str]:

@@ -27,10 +27,10 @@ class Reader(Protocol):
 
     name: str
 
-    async def read(self, shard: int, offset: int, into: memoryview) -> None:
-        """Fill `into` from `offset` of shard number `shard`."""
+    def read(self, shard: int, offset: int, into: memoryview) -> None:
+        """Fill `into` from `offset` of shard number `shard`; blocks."""
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Close every file; no `read` may be under way."""
 
 
@@ -103,7 +103,7 @@ def open_reader(name: str, paths: Sequence[Path], depth: int) -> Reader:
     if name == "direct":
         from tierrun.io.direct import DirectReader
 
-        return DirectReader(paths, depth)
+        return DirectReader(paths)
     if name == "gds":
         from tierrun.io.gds import GdsReader
         from tierrun.io.spare import SparedReader
@@ -112,7 +112,7 @@ def open_reader(name: str, paths: Sequence[Path], depth: int) -> Reader:
     if name == "mmap":
         from tierrun.io.mapped import MappedReader
 
-        return MappedReader(paths, depth)
+        return MappedReader(paths)
     from tierrun.io.buffered import BufferedReader
 
     return BufferedReader(paths, depth)

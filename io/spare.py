@@ -45,17 +45,17 @@ class SparedReader:
         self._switch = Switch(first, spare)
         self.name = first.name
 
-    async def read(self, shard: int, offset: int, into: memoryview) -> None:
+    def read(self, shard: int, offset: int, into: memoryview) -> None:
         if self._switch.thrown:
-            await self._spare.read(shard, offset, into)
+            self._spare.read(shard, offset, into)
             return
         try:
-            await self._first.read(shard, offset, into)
+            self._first.read(shard, offset, into)
         except OSError as error:
-            await self._spare.read(shard, offset, into)
+            self._spare.read(shard, offset, into)
             self._switch.throw(error)
             self.name = f"{self._first.name}, then {self._spare.name}"
 
-    async def close(self) -> None:
-        await self._first.close()
-        await self._spare.close()
+    def close(self) -> None:
+        self._first.close()
+        self._spare.close()

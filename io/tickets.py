@@ -38,7 +38,6 @@ class Ticket:
     next_part: int = 0
     parts_in_flight: int = 0
     unwanted: bool = False
-    settling: bool = False
     listeners: list["SimpleQueue[Ticket]"] = field(default_factory=list)
 
     @property

@@ -1,6 +1,6 @@
 """Stores made by hand, without a model, and a reader without files."""
 
-import asyncio
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -141,20 +141,24 @@ class FakeReader:
     in_flight: Counter[int] = field(default_factory=Counter)
     most_in_flight: Counter[int] = field(default_factory=Counter)
     closed: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
     name: str = "fake"
 
-    async def read(self, shard: int, offset: int, into: memoryview) -> None:
+    def read(self, shard: int, offset: int, into: memoryview) -> None:
         assert not self.closed, "read after close"
-        self.calls.append((shard, offset, len(into)))
-        self.in_flight[shard] += 1
-        self.most_in_flight[shard] = max(self.most_in_flight[shard], self.in_flight[shard])
+        with self.lock:
+            self.calls.append((shard, offset, len(into)))
+            self.in_flight[shard] += 1
+            self.most_in_flight[shard] = max(self.most_in_flight[shard], self.in_flight[shard])
         try:
-            await asyncio.sleep(self.delay(shard, offset))
+            time.sleep(self.delay(shard, offset))
             while self.held(shard, offset):
-                await asyncio.sleep(0.0005)
-            self._answer(shard, offset, into)
+                time.sleep(0.0005)
+            with self.lock:
+                self._answer(shard, offset, into)
         finally:
-            self.in_flight[shard] -= 1
+            with self.lock:
+                self.in_flight[shard] -= 1
 
     def _answer(self, shard: int, offset: int, into: memoryview) -> None:
         place = (shard, offset)
@@ -166,7 +170,7 @@ class FakeReader:
             self.flips[place] -= 1
             into[len(into) // 2] ^= 1
 
-    async def close(self) -> None:
+    def close(self) -> None:
         assert not sum(self.in_flight.values()), "closed with reads in flight"
         self.closed = True
 

@@ -3,7 +3,7 @@
 A slot is taken (possibly by eviction), filled by a read, settled when that read has ended, and
 moved between tiers. Who wants which expert when is `tierrun.tiers.residency`'s business.
 
-Everything here runs on the model's thread; the I/O thread only ends tickets.
+Everything here runs on the model's thread; the I/O threads only end tickets.
 """
 
 import time

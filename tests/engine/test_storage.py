@@ -1,6 +1,5 @@
 """Which ways the engine takes from the drive: measured once, by numbers that are said."""
 
-import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -217,13 +216,6 @@ def test_a_store_is_measured(with_gds: bool, store: Store, kvikio: FakeKvikio) -
     assert len(cells) == 4 * len(ways)
     assert all(cell.bandwidth > 0 for cell in cells)
     assert bool(kvikio.reads) == with_gds
-
-
-def test_a_store_is_measured_also_while_an_event_loop_runs(store: Store) -> None:
-    async def in_a_notebook() -> list[Cell]:
-        return measure_store(store, CPU, Plan((4096,), (1,), 0.01), with_gds=False)
-
-    assert len(asyncio.run(in_a_notebook())) == 1
 
 
 def test_what_cannot_be_measured_is_not_used(gpu: FakeGpu, store: Store) -> None:

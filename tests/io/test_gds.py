@@ -3,12 +3,12 @@
 All but the last test use a fake (tests/kvikios.py); native GPUDirect Storage wants nvidia-fs.
 """
 
-import asyncio
 import errno
 import logging
 import mmap
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -54,14 +54,11 @@ def page_aligned(nbytes: int) -> memoryview:
     return memoryview(mmap.mmap(-1, nbytes))
 
 
-def with_reader(reader: Reader, work: Callable[[Reader], Awaitable[None]]) -> None:
-    async def run() -> None:
-        try:
-            await work(reader)
-        finally:
-            await reader.close()
-
-    asyncio.run(run())
+def with_reader(reader: Reader, work: Callable[[Reader], None]) -> None:
+    try:
+        work(reader)
+    finally:
+        reader.close()
 
 
 # -- bytes ------------------------------------------------------------------------------------
@@ -76,21 +73,18 @@ ranges = st.tuples(st.integers(0, NUM_PAGES - 1), st.integers(1, NUM_PAGES)).map
 def test_host_and_device_get_the_bytes_of_the_other_readers(
     wanted: Sequence[tuple[int, int]], kvikio: FakeKvikio, shard: Path
 ) -> None:
-    async def compare() -> None:
-        ours, others = GdsReader([shard], 4), [open_reader(n, [shard], 4) for n in OTHERS]
-        for offset, nbytes in wanted:
-            found, there = page_aligned(nbytes), FakeDeviceBytes(nbytes)
-            await ours.read(0, offset, found)
-            ours.read_device(0, offset, there)
-            assert there.array.tobytes() == found
-            for other in others:
-                expected = page_aligned(nbytes)
-                await other.read(0, offset, expected)
-                assert found == expected, other.name
-        for reader in (ours, *others):
-            await reader.close()
-
-    asyncio.run(compare())
+    ours, others = GdsReader([shard], 4), [open_reader(n, [shard], 4) for n in OTHERS]
+    for offset, nbytes in wanted:
+        found, there = page_aligned(nbytes), FakeDeviceBytes(nbytes)
+        ours.read(0, offset, found)
+        ours.read_device(0, offset, there)
+        assert there.array.tobytes() == found
+        for other in others:
+            expected = page_aligned(nbytes)
+            other.read(0, offset, expected)
+            assert found == expected, other.name
+    for reader in (ours, *others):
+        reader.close()
 
 
 OTHERS = ("direct", "mmap", "buffered")
@@ -99,8 +93,8 @@ OTHERS = ("direct", "mmap", "buffered")
 def test_each_read_is_one_task_and_settings_are_set(kvikio: FakeKvikio, shard: Path) -> None:
     """A read in several tasks may end, failed, while some of them still write."""
 
-    async def read_all(reader: Reader) -> None:
-        await reader.read(0, 0, page_aligned(NUM_PAGES * PAGE))
+    def read_all(reader: Reader) -> None:
+        reader.read(0, 0, page_aligned(NUM_PAGES * PAGE))
 
     with_reader(GdsReader([shard, shard], 5), read_all)
     assert kvikio.reads == [(0, NUM_PAGES * PAGE, NUM_PAGES * PAGE)]
@@ -120,7 +114,7 @@ def test_threads_are_depth_times_directories(kvikio: FakeKvikio, tmp_path: Path)
     for path in paths:
         path.parent.mkdir()
         path.write_bytes(bytes(PAGE))
-    asyncio.run(GdsReader(paths, 8).close())
+    GdsReader(paths, 8).close()
     assert kvikio.settings["num_threads"] == 16
 
 
@@ -130,7 +124,7 @@ def test_errors_are_oserrors_that_name_kvikio(fails: bool, kvikio: FakeKvikio, s
     reader, offset = GdsReader([shard], 2), (NUM_PAGES - 1) * PAGE
     with pytest.raises(OSError) as caught:
         reader.read_device(0, offset, FakeDeviceBytes(2 * PAGE))
-    asyncio.run(reader.close())
+    reader.close()
     assert caught.value.errno == errno.EIO
     assert str(caught.value.strerror).startswith("kvikio: ")
     assert "\n" not in str(caught.value.strerror)
@@ -220,20 +214,21 @@ def test_a_cufile_error_in_mid_run_loses_no_byte_and_is_said_once(
 ) -> None:
     truth = shard.read_bytes()
 
-    async def read(reader: Reader, page: int) -> None:
+    def read(reader: Reader, page: int) -> None:
         buffer = page_aligned(PAGE)
-        await reader.read(0, page * PAGE, buffer)
+        reader.read(0, page * PAGE, buffer)
         assert buffer == truth[page * PAGE : (page + 1) * PAGE]
 
-    async def work(reader: Reader) -> None:
-        await read(reader, 0)
+    def work(reader: Reader) -> None:
+        read(reader, 0)
         assert reader.name == "gds"
         kvikio.fails = lambda offset, size: True
-        await asyncio.gather(*(read(reader, page) for page in range(NUM_PAGES)))
+        with ThreadPoolExecutor(NUM_PAGES) as pool:
+            list(pool.map(read, [reader] * NUM_PAGES, range(NUM_PAGES)))
         assert reader.name == "gds, then direct"
         kvikio.fails = lambda offset, size: False
         before = len(kvikio.reads)
-        await read(reader, 1)
+        read(reader, 1)
         assert len(kvikio.reads) == before, "direct for the rest of the run"
 
     with caplog.at_level(logging.WARNING):
@@ -250,11 +245,11 @@ def test_where_the_spare_fails_too_the_drive_is_to_blame(
     first, spare = FakeReader(images, errno=5), FakeReader(images, errno=121)
     first.failures[0, 0] = spare.failures[0, 0] = 1
 
-    async def work(reader: Reader) -> None:
+    def work(reader: Reader) -> None:
         with pytest.raises(OSError) as caught:
-            await reader.read(0, 0, page_aligned(PAGE))
+            reader.read(0, 0, page_aligned(PAGE))
         assert caught.value.errno == 121
-        await reader.read(0, 0, page_aligned(PAGE))
+        reader.read(0, 0, page_aligned(PAGE))
         assert len(first.calls) == 2 and len(spare.calls) == 1
 
     with_reader(SparedReader(first, spare), work)
@@ -275,11 +270,8 @@ def test_kvikio_itself(shard: Path) -> None:
     reader = GdsReader([shard], 4)
     host, device = page_aligned(len(truth)), torch.zeros(len(truth), dtype=torch.uint8).cuda()
 
-    async def read() -> None:
-        await reader.read(0, 0, host)
-        reader.read_device(0, 0, device)
-        await reader.close()
-
-    asyncio.run(read())
+    reader.read(0, 0, host)
+    reader.read_device(0, 0, device)
+    reader.close()
     assert host == truth
     assert device.cpu().numpy().tobytes() == truth

@@ -1,6 +1,5 @@
 """What was measured decides, is kept per drive, and is measured again where it is not true."""
 
-import asyncio
 import json
 import logging
 import os
@@ -272,7 +271,7 @@ def test_every_way_size_and_depth_is_measured_with_whole_records() -> None:
     readers = {way: FakeReader(tiny.images, delay=lambda *a: 0.001) for way in (DIRECT, GDS)}
     trials = {way: HostTrial(reader, 4 * PAGE) for way, reader in readers.items()}
     plan = Plan((PAGE, 4 * PAGE), (1, 3), 0.01)
-    cells = asyncio.run(measure(tiny.store, trials, plan))
+    cells = measure(tiny.store, trials, plan)
     assert [cell[:3] for cell in cells] == [
         (way, nbytes, depth)
         for way in (DIRECT, GDS)
@@ -291,7 +290,7 @@ def test_a_way_that_fails_is_left_out_and_said(caplog: pytest.LogCaptureFixture)
     tiny = two_sizes()
     broken = FakeReader(tiny.images, failures=EveryPlace())
     trials = {DIRECT: HostTrial(FakeReader(tiny.images), PAGE), GDS: HostTrial(broken, PAGE)}
-    cells = asyncio.run(measure(tiny.store, trials, Plan((PAGE,), (2,), 0.01)))
+    cells = measure(tiny.store, trials, Plan((PAGE,), (2,), 0.01))
     assert {cell.way for cell in cells} == {DIRECT}
     assert "gds → RAM could not be measured: injected" in caplog.text
     assert not sum(broken.in_flight.values()), "nothing is under way afterwards"

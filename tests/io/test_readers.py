@@ -1,11 +1,12 @@
 """Every reader gives the same bytes, and the choice between them has a reason."""
 
-import asyncio
 import errno
 import mmap
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,16 +51,20 @@ def page_aligned(nbytes: int) -> memoryview:
 
 
 def with_reader(
-    name: str, paths: Sequence[Path], work: Callable[[Reader], Awaitable[None]], depth: int = 4
+    name: str, paths: Sequence[Path], work: Callable[[Reader], None], depth: int = 4
 ) -> None:
-    async def run() -> None:
-        reader = open_reader(name, paths, depth)
-        try:
-            await work(reader)
-        finally:
-            await reader.close()
+    reader = open_reader(name, paths, depth)
+    try:
+        work(reader)
+    finally:
+        reader.close()
 
-    asyncio.run(run())
+
+def at_once(calls: Sequence[Callable[[], None]]) -> None:
+    """Each on a thread of its own; an error of one is raised."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for call in [pool.submit(call) for call in calls]:
+            call.result()
 
 
 extents = st.tuples(st.integers(0, 1), st.integers(0, 36), st.integers(1, 37)).map(
@@ -75,19 +80,19 @@ def test_readers_fill_a_range_with_its_bytes_or_fail(
     """Any page-aligned ranges, all at once; a range past the end is an error, not a short read."""
     contents = [path.read_bytes() for path in shards]
 
-    async def one(reader: Reader, shard: int, extent: Extent) -> None:
+    def one(reader: Reader, shard: int, extent: Extent) -> None:
         buffer = page_aligned(extent.nbytes)
         truth = contents[shard][extent.offset : extent.end]
         if len(truth) == extent.nbytes:
-            await reader.read(shard, extent.offset, buffer)
+            reader.read(shard, extent.offset, buffer)
             assert buffer == truth
         else:
             with pytest.raises(OSError) as caught:
-                await reader.read(shard, extent.offset, buffer)
+                reader.read(shard, extent.offset, buffer)
             assert caught.value.errno == errno.EIO
 
-    async def all_at_once(reader: Reader) -> None:
-        await asyncio.gather(*(one(reader, shard, extent) for shard, extent in wanted))
+    def all_at_once(reader: Reader) -> None:
+        at_once([partial(one, reader, shard, extent) for shard, extent in wanted])
 
     with_reader(name, shards, all_at_once)
 
@@ -95,8 +100,8 @@ def test_readers_fill_a_range_with_its_bytes_or_fail(
 def test_readers_write_only_into_their_buffer(name: str, shards: list[Path]) -> None:
     memory = page_aligned(3 * PAGE)
 
-    async def middle(reader: Reader) -> None:
-        await reader.read(0, 2 * PAGE, memory[PAGE : 2 * PAGE])
+    def middle(reader: Reader) -> None:
+        reader.read(0, 2 * PAGE, memory[PAGE : 2 * PAGE])
 
     with_reader(name, shards, middle)
     assert memory[:PAGE] == memory[2 * PAGE :] == bytes(PAGE)
@@ -104,13 +109,16 @@ def test_readers_write_only_into_their_buffer(name: str, shards: list[Path]) -> 
 
 
 def test_many_reads_of_one_shard_do_not_mix(name: str, shards: list[Path]) -> None:
-    """More reads than threads, of a file that has one position for all of them."""
+    """More reads than were announced, of a file that has one position for all of them."""
     truth = shards[0].read_bytes()
     buffers = [page_aligned(PAGE) for _ in range(NUM_PAGES[0] * 4)]
 
-    async def flood(reader: Reader) -> None:
-        await asyncio.gather(
-            *(reader.read(0, i % NUM_PAGES[0] * PAGE, buffer) for i, buffer in enumerate(buffers))
+    def flood(reader: Reader) -> None:
+        at_once(
+            [
+                partial(reader.read, 0, i % NUM_PAGES[0] * PAGE, buffer)
+                for i, buffer in enumerate(buffers)
+            ]
         )
 
     with_reader(name, shards, flood, depth=3)
@@ -122,20 +130,20 @@ def test_many_reads_of_one_shard_do_not_mix(name: str, shards: list[Path]) -> No
 def test_a_file_truncated_under_a_reader_is_an_error(name: str, shards: list[Path]) -> None:
     """Not a SIGBUS in a mapping, and not zeros."""
 
-    async def read_after_truncation(reader: Reader) -> None:
+    def read_after_truncation(reader: Reader) -> None:
         buffer = page_aligned(PAGE)
-        await reader.read(0, 30 * PAGE, buffer)
+        reader.read(0, 30 * PAGE, buffer)
         os.truncate(shards[0], 10 * PAGE)
         with pytest.raises(OSError):
-            await reader.read(0, 30 * PAGE, buffer)
-        await reader.read(0, 9 * PAGE, buffer)
+            reader.read(0, 30 * PAGE, buffer)
+        reader.read(0, 9 * PAGE, buffer)
 
     with_reader(name, shards, read_after_truncation)
 
 
 def test_a_reader_lets_go_of_its_files(name: str, shards: list[Path]) -> None:
-    async def read_one(reader: Reader) -> None:
-        await reader.read(0, 0, page_aligned(PAGE))
+    def read_one(reader: Reader) -> None:
+        reader.read(0, 0, page_aligned(PAGE))
 
     def held() -> set[str]:
         found = set()
@@ -149,8 +157,8 @@ def test_a_reader_lets_go_of_its_files(name: str, shards: list[Path]) -> None:
 
 
 def test_a_missing_file_is_an_error_with_errno(name: str, tmp_path: Path) -> None:
-    async def read_one(reader: Reader) -> None:
-        await reader.read(0, 0, page_aligned(PAGE))
+    def read_one(reader: Reader) -> None:
+        reader.read(0, 0, page_aligned(PAGE))
 
     with pytest.raises(OSError) as caught:
         with_reader(name, [tmp_path / "missing"], read_one)
