@@ -4,6 +4,8 @@ They begin after the layers that wanted the experts, on a stream of their own; w
 goes down. An expert is found in RAM until its copy has landed, and in VRAM from then on.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +26,7 @@ class Promotions:
         classes = np.array(placement.class_of_layer)
         self._class_of: NDArray[np.int64] = np.repeat(classes, np.diff(placement.first))
         self._spare_warm = [self._spare_of(number) for number in range(len(slots.reserve))]
+        self._noted: list[int] = []
 
     def _spare_of(self, record_class: int) -> int:
         """Warm slots that may be held while a layer is leased and one more is read."""
@@ -37,8 +40,23 @@ class Promotions:
         """Experts that are under way."""
         return {int(self._slots.tier.owner[slot]) for slot in self._slots.deferred}
 
+    def note(self, experts: Sequence[int]) -> None:
+        """`experts` were read into RAM and computed there; the next start is theirs too."""
+        self._noted += experts
+
+    @property
+    def are_noted(self) -> bool:
+        """Whether any is."""
+        return bool(self._noted)
+
     def start(self, experts: NDArray[np.int64]) -> None:
-        """Start the copies of those of `experts`, which are in RAM only, that VRAM would keep."""
+        """Start the copies of those of `experts` and of the noted ones that VRAM would keep.
+
+        Only those come that are in RAM and not in VRAM by now.
+        """
+        experts = np.union1d(experts, np.array(self._noted, np.int64))
+        self._noted.clear()
+        experts = experts[self._slots.slot_of[experts] == NOBODY]
         if not len(experts):
             return
         worth = self._placement.policy.worth(experts, self._placement.step)

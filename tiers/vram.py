@@ -156,7 +156,8 @@ class VramTier:
         """Account for layers that needed no `fetch`: experts chosen, numbered over all layers.
 
         All of these were found in VRAM, or in RAM and computed there; they may be named several
-        times. What is worth a slot starts to come up. To be called with no lookup, fetch or stream
+        times. What is worth a slot starts to come up, also of what `fetch` has brought and left in
+        RAM: not then, as a layer waits. To be called with no lookup, fetch or stream
         under way.
         """
         experts = np.unique(chosen)
@@ -170,8 +171,13 @@ class VramTier:
         if len(unproven):
             self._transfers.admit(unproven.tolist())
         self._promotions.land()
-        self._promotions.start(in_ram[self.slots.slot_of[in_ram] == NOBODY])
+        self._promotions.start(in_ram)
         self.publish()
+
+    @property
+    def is_owed(self) -> bool:
+        """Whether `served` has something to do even if nothing was chosen since."""
+        return self._promotions.are_noted
 
     def publish(self) -> None:
         """Let lookups that are launched from now on see everything that has come and gone."""
@@ -218,9 +224,7 @@ class VramTier:
             yield self._bring(call, warm, choose, newcomers, computed)
         for held in lease.arrivals():
             yield self._bring(call, [held], choose, newcomers, computed)
-        self._promotions.start(
-            self._placement.indices(call.layer, [held.expert for held in computed])
-        )
+        self._promotions.note([self._placement.index(call.layer, held.expert) for held in computed])
         call.let_go()
         self._transfers.admit(newcomers)
 

@@ -303,7 +303,7 @@ class DeviceExperts:
     def _account(self) -> None:
         """Tell policy and counters of the layers that needed nothing but compute."""
         experts, entries = self._mailboxes.noted()
-        if len(experts):
+        if len(experts) or self._vram.is_owed:
             in_place = experts[entries & KIND == IN_PLACE]
             self._ledger.counters.zero_copy_bytes += int(self._bytes_of[in_place].sum())
             np.add.at(self._counts, experts, 1)

@@ -189,12 +189,19 @@ def none_copied(held: list[Held]) -> int:
     return 0
 
 
+def end_token(it: VramRig) -> None:
+    """No layer waits now: what was computed in RAM begins to come up."""
+    it.vram.served(np.array([], np.int64))
+
+
 @kinds
 def test_what_is_computed_in_ram_is_not_waited_for_and_comes_up_later(kind: str) -> None:
     with make_vram(kind, layers=WIDE, vram=(6,), warm=(12,)) as it:
         it.choose = none_copied
         assert sorted(step(it, 0, 3, 1)) == [1, 3]
         assert {key.expert for key in it.computed} == {1, 3}, "in RAM"
+        assert not it.vram.slots.deferred and it.rig.counters.promoted_bytes == 0, "not meanwhile"
+        end_token(it)
         it.vram.check_integrity()
         assert it.here(0) == {1, 3}
         assert step(it, 0, 1, 3) == [], "from VRAM"
@@ -206,6 +213,7 @@ def test_a_deferred_copy_is_found_only_when_it_has_come() -> None:
     with make_vram(streams, layers=WIDE, vram=(6,), warm=(12,)) as it:
         it.choose = none_copied
         step(it, 0, 3)
+        end_token(it)
         assert it.here(0) == set() and it.vram.slots.deferred
         step(it, 1, 4)
         assert it.here(0) == set(), "the copy has not run"
@@ -219,6 +227,7 @@ def test_what_is_coming_up_already_is_waited_for_where_it_is_wanted(kind: str) -
     with make_vram(FakeStreams() if kind == "fake" else kind, layers=WIDE, warm=(12,)) as it:
         it.choose = none_copied
         step(it, 0, 3)
+        end_token(it)
         copied = it.rig.counters.promoted_bytes
         it.choose = None
         step(it, 0, 3)
@@ -226,6 +235,7 @@ def test_what_is_coming_up_already_is_waited_for_where_it_is_wanted(kind: str) -
         assert it.here(0) == {3}
         it.choose = none_copied
         step(it, 0, 5)
+        end_token(it)
         assert sorted(sum(it.prefill(0, [3, 5]), [])) == [3, 5]
 
 
@@ -237,9 +247,11 @@ def test_what_vram_would_not_keep_stays_in_ram() -> None:
         before = it.rig.counters.promoted_bytes
         for _ in range(3):
             step(it, 0, 5)
+            end_token(it)
         assert it.rig.counters.promoted_bytes == before
         for _ in range(20):
             step(it, 0, 5)
+            end_token(it)
         assert it.here(0) >= {0, 1, 5}, "until it is worth it"
 
 
@@ -248,6 +260,7 @@ def test_deferred_copies_leave_a_layer_its_slots() -> None:
         it.choose = none_copied
         for expert in range(12):
             assert step(it, expert % 3, expert, (expert + 1) % 12)
+            end_token(it)
         it.choose = None
         assert len(step(it, 0, 7, 11)) >= 1
 
