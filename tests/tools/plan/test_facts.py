@@ -113,6 +113,9 @@ CALIBRATION = [
 
 RIGHT = [
     from_store("35B q4_k, 20 % in VRAM", "gpu_decode_35b_q4_k_vram20_2048", Q4),
+    from_store("H200: 35B q4_k, all in VRAM", "gpu_decode_35b_q4_k_h200", Q4),
+    from_store("H200: 35B q4_k, all in VRAM, `--exact`", "gpu_decode_35b_q4_k_exact_h200", Q4),
+    from_store("H200: 30B bf16, all in VRAM", "gpu_decode_30b_bf16_h200", BF16),
     lanes_row("H200: 35B q4_k, 1 % in VRAM, GPU reads RAM", "gpu"),
     lanes_row("H200: 35B q4_k, 1 % in VRAM, CPU computes in RAM", "cpu"),
     lanes_row("H200: 35B q4_k, 1 % in VRAM, both", "auto"),
@@ -120,6 +123,9 @@ RIGHT = [
 
 WRONG = [
     from_store("H200: 35B q4_k, 20 % in VRAM", "gpu_decode_35b_q4_k_vram20_2048_h200", Q4),
+    from_store(
+        "H200: 35B q4_k, 20 % in VRAM, `--exact`", "gpu_decode_35b_q4_k_vram20_exact_h200", Q4
+    ),
     from_store("35B q4_k, 20 % in VRAM, `-ub 8192`", "gpu_decode_35b_q4_k_vram20_8192", Q4),
     from_store("35B q4_k, 20 % in VRAM, `--exact`", "gpu_decode_35b_q4_k_vram20", Q4),
     from_store("35B q4_k, 20 % of the layers in VRAM", "gpu_decode_35b_q4_k_layers", Q4),
