@@ -111,8 +111,10 @@ def bench_io(
     outputs = Outputs(json_file, csv_file, md_file, plot_file, compare)
     old = outputs.check()
     with ended_by_signals():
-        results, sheets = run_io(Request(tuple(directories), plan, file_bytes, device, vs_fio))
-    outputs.deliver(results, sheets, open_console(), old)
+        found = run_io(Request(tuple(directories), plan, file_bytes, device, vs_fio))
+    outputs.deliver(found.results, found.sheets, open_console(), old)
+    if found.ended is not None:
+        raise found.ended
 
 
 @bench_app.command("copies")
