@@ -103,11 +103,12 @@ class _Bar:
 
 
 class _Lines:
-    """See `Steps`. A line for each step when it has ended; what is under way seldom."""
+    """See `Steps`. A line for each step when it has ended; of what is under way only seldom one,
+    so that what ends at once, or is refused, has none."""
 
     def __init__(self) -> None:
         self._forecast = Forecast(0.0)
-        self._said = float("-inf")
+        self._said = time.monotonic()
 
     def expect(self, seconds: float) -> None:
         self._forecast = Forecast(seconds)
