@@ -7,6 +7,7 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from tierrun.bench.running import say
@@ -68,7 +69,12 @@ def open_steps(console: Console | None = None) -> Iterator[Steps]:
     if not console.is_terminal:
         yield _Lines()
         return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(20), _Left())
+    left, what = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis")
+    columns = (
+        BarColumn(20),
+        _Left(table_column=left),
+        TextColumn("{task.description}", markup=False, table_column=what),
+    )
     with Progress(*columns, console=console, transient=True) as shown:
         yield _Bar(shown)
 
