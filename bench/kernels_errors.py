@@ -10,7 +10,7 @@ from tierrun.bench.cells import Value
 from tierrun.bench.kernels_calls import Routed
 from tierrun.bench.kernels_cpu import cpu_calls, torch_threads
 from tierrun.bench.kernels_layers import Layer, Record, make_record
-from tierrun.bench.kernels_plan import Case
+from tierrun.bench.kernels_plan import EXPERTS_KERNELS, Case
 from tierrun.bench.sheets import Sheet, split_keys
 from tierrun.engine.codecs.weight import matrix_view, widened
 
@@ -57,7 +57,7 @@ def _error(record: Record, kernel: str, threads: int, wanted: torch.Tensor) -> f
 
 def sheet_of_errors(found: Sequence[Error]) -> Sheet:
     """A row for each layer and codec, a column for each kernel."""
-    kernels = list(dict.fromkeys(error.kernel for error in found))
+    kernels = [kernel for kernel in EXPERTS_KERNELS if kernel in {error.kernel for error in found}]
     rows = dict[tuple[str, str], dict[str, float]]()
     for error in found:
         rows.setdefault((error.layer, error.codec), {})[error.kernel] = error.error
