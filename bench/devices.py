@@ -1,7 +1,6 @@
 """What the benchmarks of a device share: how the engine is loaded, and how fast memory is."""
 
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -11,6 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 
+from tierrun.bench.running import say as say
 from tierrun.engine.engine import Engine, load
 from tierrun.io.errors import TierrunError, UsageError
 from tierrun.io.extent import parse_bytes
@@ -21,8 +21,6 @@ _SHARE = re.compile(r"^(\d+(?:\.\d+)?)%experts$")
 _REPEATS = 5
 _PROBE_BYTES = 2 << 30
 _CPU_PROBE_BYTES = 256 << 20
-
-_started = time.perf_counter()
 
 Device = Annotated[str, typer.Option(help="cuda, or cpu to try the script out.")]
 VramBudget = Annotated[
@@ -227,8 +225,3 @@ def occupy(device: str, card: str) -> torch.Tensor | None:
         return None
     free, _ = torch.cuda.mem_get_info()
     return torch.empty(max(0, free - parse_bytes(card)), dtype=torch.uint8, device=device)
-
-
-def say(text: str) -> None:
-    """Progress, on stderr at once: a run that is cut off has still shown what it found."""
-    print(f"[{time.perf_counter() - _started:7.1f} s] {text}", file=sys.stderr, flush=True)

@@ -1,11 +1,47 @@
-"""SIGTERM and SIGHUP end a benchmark as an error does: what it has started is stopped first."""
+"""SIGTERM and SIGHUP end a benchmark as an error does: what it has started is stopped first.
+
+What has been measured until then, or until Ctrl-C, is delivered nevertheless.
+"""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
+from typing import NamedTuple
+
+from tierrun.bench.cells import Results
+from tierrun.bench.sheets import Sheet
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+class Outcome(NamedTuple):
+    """The results, how to show them, and what ended the run early, if anything did."""
+
+    results: Results
+    sheets: list[Sheet]
+    ended: BaseException | None
+
+
+@dataclass(slots=True)
+class Ending:
+    """What ended a run early, if anything did."""
+
+    by: BaseException | None = None
+
+
+@contextmanager
+def delivering(found: Sized) -> Iterator[Ending]:
+    """Who is told to end within it leaves it as if all were done, and the `Ending` says by what;
+    but not while nothing is `found`."""
+    ending = Ending()
+    try:
+        yield ending
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if not found:
+            raise
+        ending.by = ended
 
 
 @contextmanager

@@ -6,19 +6,20 @@ for a while spreads over the cells instead of striking one.
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tierrun.bench.cells import Cell, Metric, Results
 from tierrun.bench.io_load import Load, Read, run_load
-from tierrun.bench.io_plan import Case
+from tierrun.bench.io_plan import OVERHEAD_SECONDS, USUAL_BANDWIDTH, Case
 from tierrun.bench.io_readers import COLD, HostBuffers, open_to_device, open_to_host, touch
 from tierrun.bench.io_sources import Source, stored_sources
 from tierrun.bench.io_testfile import Progress, nameless_file
 from tierrun.bench.pagecache import cached_share, drop
 from tierrun.bench.sheets import in_words
+from tierrun.bench.steps import Steps
 from tierrun.io.drives import drives_of
 from tierrun.io.errors import TierrunError, UsageError
 from tierrun.io.extent import format_bytes
@@ -46,8 +47,8 @@ _STILL_CACHED = 0.01
 _BUSY = 0.5
 """Runnable processes per core from which on numbers are not the drive's alone."""
 
-Say = Callable[[str], None]
-"""Shows what is being done."""
+_FILLS = 2
+"""A round fills and empties the queue, beside the time that counts."""
 
 
 @contextmanager
@@ -135,19 +136,44 @@ class Bench:
 
 
 def measure_all(
-    bench: Bench, cases: Sequence[Case], rounds: int, seconds: float, say: Say
-) -> list[Cell]:
-    """All `cases`, `rounds` times, for `seconds` each.
+    bench: Bench,
+    cases: Sequence[Case],
+    rounds: int,
+    seconds: float,
+    steps: Steps,
+    found: dict[int, list[Load]],
+) -> None:
+    """All `cases`, `rounds` times, for `seconds` each, into `found` by their numbers.
 
     Raises:
         TierrunError: a drive failed.
     """
-    loads = [list[Load]() for _ in cases]
+    steps.expect(rounds * sum(expected_seconds(case, seconds) for case in cases))
     for number in range(rounds):
-        for case, found in zip(cases, loads, strict=True):
-            say(f"round {number + 1} of {rounds}: {in_words(case.key())}")
-            found.append(bench.measure(case, seconds, number))
-    return [_cell(case, found) for case, found in zip(cases, loads, strict=True)]
+        for place, case in enumerate(cases):
+            which = f"round {number + 1} of {rounds}, {place + 1} of {len(cases)}"
+            steps.begin(f"{which}: {in_words(case.key())}")
+            load = bench.measure(case, seconds, number)
+            found.setdefault(place, []).append(load)
+            said = f"{which}: {in_words(case.key())}: {load.bandwidth / 1e9:.2f} GB/s"
+            steps.end(said, expected_seconds(case, seconds))
+
+
+def expected_seconds(case: Case, seconds: float) -> float:
+    """What a round of `case` takes, about: warming up, `seconds`, and what is in flight then."""
+    return OVERHEAD_SECONDS + seconds + _FILLS * case.in_flight / USUAL_BANDWIDTH
+
+
+def cells_of(cases: Sequence[Case], found: Mapping[int, Sequence[Load]]) -> list[Cell]:
+    """Those that were measured."""
+    return [_cell(cases[number], loads) for number, loads in sorted(found.items())]
+
+
+def ended_early(found: Mapping[int, Sequence[Load]], num_cases: int, rounds: int) -> str:
+    """What there is of a run that was told to end, in a sentence."""
+    done, missing = sum(map(len, found.values())), num_cases - len(found)
+    said = f"told to end after {done} of {num_cases * rounds} measurements"
+    return f"{said}: {missing} of {num_cases} cells are missing" if missing else said
 
 
 def _cell(case: Case, loads: Sequence[Load]) -> Cell:

@@ -27,8 +27,11 @@ _USUAL_IN_FLIGHT = 512 << 20
 """More at once tells nothing new, but takes seconds on a slow drive: only when asked for."""
 
 _BUDGET_SECONDS = 110.0
-_OVERHEAD_SECONDS = 0.2
+OVERHEAD_SECONDS = 0.2
 """Of a round of a cell, on average: warming up, and dropping what is cached."""
+
+USUAL_BANDWIDTH = 2e9
+"""Of a drive, where something has to be assumed before it is measured."""
 
 _SHORTEST, _LONGEST = 0.15, 1.0
 
@@ -87,7 +90,7 @@ class Plan:
         if self.full:
             return _LONGEST
         goes = num_cases * self.rounds
-        budget = _BUDGET_SECONDS - goes * _OVERHEAD_SECONDS
+        budget = _BUDGET_SECONDS - goes * OVERHEAD_SECONDS
         return fair_seconds(goes, budget, _SHORTEST, _LONGEST)
 
 

@@ -11,10 +11,10 @@ import torch
 from tierrun.bench.cells import Cell, Metric
 from tierrun.bench.copies_reading import reading, spread_out, whole_blocks
 from tierrun.bench.kernels_calls import Calls
-from tierrun.bench.kernels_cpu import CompiledCalls, ExpandingCalls, cpu_work, torch_threads
+from tierrun.bench.kernels_cpu import cpu_calls, cpu_work, torch_threads
 from tierrun.bench.kernels_gpu import gpu_calls, gpu_work
 from tierrun.bench.kernels_layers import Layer, fill, make_record
-from tierrun.bench.kernels_plan import COMPILED, Case
+from tierrun.bench.kernels_plan import CACHE, Case
 from tierrun.bench.timed import rate, repeated
 from tierrun.io.errors import DeviceError
 from tierrun.tiers.memory import OrdinaryMemory
@@ -75,7 +75,7 @@ class Bench:
                 "choose fewer --tokens"
             ) from None
         bandwidth = calls.routed.read_bytes * per_second
-        flops = case.layer.flops(case.tokens) * per_second
+        flops = calls.routed.flops * per_second
         return {
             "bandwidth": bandwidth,
             "of_memory": bandwidth / yardstick.memory,
@@ -94,14 +94,12 @@ class Bench:
         if self._gpu:
             calls, count = gpu_calls(self._record, self._records, case.tokens)
             return calls, rate(gpu_work(calls, count, self._device), seconds)
-        with torch_threads(case.threads or 1):
-            calls = self._on_cpu(case)
+        record, records, threads = self._record, self._records, case.threads or 1
+        if case.source == CACHE:
+            record, records = record.alone, records[:1]
+        with torch_threads(threads):
+            calls = cpu_calls(case.kernel, record, records, case.tokens, threads)
             return calls, rate(cpu_work(calls), seconds)
-
-    def _on_cpu(self, case: Case) -> Calls:
-        if case.kernel == COMPILED:
-            return CompiledCalls(self._record, self._records, case.tokens, case.threads or 1)
-        return ExpandingCalls(self._record, self._records, case.tokens)
 
     def _gpu_memory(self, seconds: float) -> float:
         """The better of reading all of it, and of copying one half to the other."""

@@ -35,6 +35,7 @@ class Routed:
         self.read_bytes = len(self.experts) * record.packed_bytes
         """Of packed weights that a call needs, each counted once."""
         self.weights = len(self.experts) * layer.weights
+        self.flops = layer.flops(tokens)
         self.output_shape = (len(self.which), layer.shapes[-1][0])
         self._num_records = len(records)
 

@@ -1,4 +1,5 @@
-"""The CPU's kernels: the compiled ones, and those that expand weights tile by tile."""
+"""The CPU's kernels: compiled ones with activations in int8 and in fp32, and those that expand
+weights tile by tile."""
 
 import itertools
 from collections.abc import Iterator
@@ -8,23 +9,61 @@ import numpy as np
 import torch
 
 from tierrun.bench.kernels_calls import Calls, Routed
-from tierrun.bench.kernels_layers import Record
+from tierrun.bench.kernels_layers import Record, geometry, make_layout
+from tierrun.bench.kernels_plan import EXPAND, FP32, INT8, Case
 from tierrun.bench.timed import Work, repeated
+from tierrun.engine.codecs.packed import Packed
 from tierrun.engine.codecs.weight import Weight, matrix_view
 from tierrun.engine.kernels.cpu import CpuKernels
-from tierrun.engine.kernels.host import HostExperts
+from tierrun.engine.kernels.host import HostExperts, supported
+from tierrun.engine.kernels.int8 import MOST_TOKENS
+from tierrun.engine.kernels.int8 import obstacle as int8_obstacle
+from tierrun.engine.kernels.int8_linear import Int8Linear
+
+
+def cpu_calls(
+    kernel: str, record: Record, records: torch.Tensor, tokens: int, threads: int
+) -> Calls:
+    """Of `kernel`; what expands weights uses as many threads as torch has.
+
+    Raises:
+        ValueError: `obstacle` says why not.
+    """
+    if kernel == EXPAND:
+        return ExpandingCalls(record, records, tokens)
+    if not record.layer.experts:
+        return MatrixCalls(record, records, tokens, threads)
+    return CompiledCalls(record, records, tokens, threads, int8=kernel == INT8)
+
+
+def obstacle(case: Case) -> str | None:
+    """Why the CPU has no such kernel for `case`, or None."""
+    if case.kernel == EXPAND:
+        return None
+    if case.layer.experts:
+        found = supported(make_layout(case.layer, case.codec))
+        if found is not None or case.kernel == FP32:
+            return found
+    elif case.kernel == FP32:
+        return "compiled for experts, not for one matrix"
+    if case.tokens > MOST_TOKENS:
+        return f"more than {MOST_TOKENS} tokens"
+    matrices = (geometry(case.codec, shape) for shape in case.layer.shapes)
+    return next(filter(None, map(int8_obstacle, matrices)), None)
 
 
 class CompiledCalls:
-    """Experts by compiled code that unpacks weights in registers, activations in fp32.
+    """Experts by compiled code that unpacks weights in registers; see `HostExperts`.
 
     Raises:
         ValueError: `engine.kernels.host.supported` says why not.
     """
 
-    def __init__(self, record: Record, records: torch.Tensor, tokens: int, threads: int) -> None:
+    def __init__(
+        self, record: Record, records: torch.Tensor, tokens: int, threads: int, *, int8: bool
+    ) -> None:
         self.routed = Routed(record, records, tokens)
-        self._compute = HostExperts(record.layout, threads)
+        self._compute = HostExperts(record.layout, threads, int8=int8)
         self._tokens = np.repeat(np.arange(tokens, dtype=np.int64), record.layer.top_k)
         self._which, self._x = self.routed.which.numpy(), self.routed.x.numpy()
         self._records = list(records)
@@ -35,6 +74,23 @@ class CompiledCalls:
         """See `Calls`."""
         some = [self._records[place] for place in self.routed.places(number)]
         self._compute.compute(some, self._x, self._tokens, self._which, self._out)
+
+
+class MatrixCalls:
+    """One packed matrix with int8 activations, as packed linear modules are computed."""
+
+    def __init__(self, record: Record, records: torch.Tensor, tokens: int, threads: int) -> None:
+        self.routed = Routed(record, records, tokens)
+        self._linear = Int8Linear(threads)
+        self._weights = [matrix_view(one, record.matrices[0]) for one in records]
+        self.output = torch.empty(self.routed.output_shape)
+
+    def __call__(self, number: int) -> None:
+        """See `Calls`."""
+        (place,) = self.routed.places(number)
+        weight = self._weights[place]
+        assert isinstance(weight, Packed), "nobody asked for an obstacle"
+        self.output = self._linear(self.routed.x, weight)
 
 
 class ExpandingCalls:

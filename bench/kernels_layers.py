@@ -46,6 +46,11 @@ class Layer(NamedTuple):
         """Of one expert, or of the matrix."""
         return sum(rows * columns for rows, columns in self.shapes)
 
+    @property
+    def alone(self) -> "Layer":
+        """With one expert, which every token takes; one matrix is that already."""
+        return self._replace(experts=1, top_k=1) if self.experts else self
+
     def flops(self, tokens: int) -> int:
         """Of so many tokens."""
         return 2 * tokens * max(1, self.top_k) * self.weights
@@ -94,6 +99,11 @@ class Record(NamedTuple):
     codec: str
     data: torch.Tensor
     matrices: tuple[Matrix, ...]
+
+    @property
+    def alone(self) -> "Record":
+        """The same of a layer that has no other expert."""
+        return self._replace(layer=self.layer.alone)
 
     @property
     def packed_bytes(self) -> int:

@@ -10,6 +10,7 @@ from tierrun.bench.words import (
     checked_duration,
     each,
     fair_seconds,
+    known,
     num_cores,
     thread_count,
 )
@@ -36,7 +37,12 @@ MOST_TOKENS = 1 << 15
 USUAL_LAYERS = (LAYERS["qwen3.6-35b-a3b"],)
 FULL_LAYERS = (*USUAL_LAYERS, LAYERS["glm-5"], parse_layer("4096x14336"))
 
-COMPILED, EXPAND, MATVEC, MATMUL = "compiled", "expand", "matvec", "matmul"
+INT8, FP32, EXPAND, MATVEC, MATMUL = "int8", "fp32", "expand", "matvec", "matmul"
+EXPERTS_KERNELS, MATRIX_KERNELS = (INT8, FP32, EXPAND), (INT8, EXPAND)
+"""The CPU's."""
+
+MEMORY, CACHE = "memory", "cache"
+"""Where a call finds its weights; in a cache it is always the same expert, or matrix."""
 
 _BUDGET_SECONDS = 100.0
 _SHORTEST, _LONGEST = 0.02, 0.3
@@ -45,7 +51,7 @@ _LASTS = 3.0
 
 
 class Case(NamedTuple):
-    """One cell; `threads` of the CPU."""
+    """One cell; `threads` of the CPU; `source` is where a call finds its weights."""
 
     device: str
     layer: Layer
@@ -53,6 +59,7 @@ class Case(NamedTuple):
     kernel: str
     tokens: int
     threads: int | None = None
+    source: str = MEMORY
 
     def key(self) -> dict[str, Value]:
         """As a cell of the results."""
@@ -63,17 +70,20 @@ class Case(NamedTuple):
             "kernel": self.kernel,
             "tokens": self.tokens,
             "threads": "-" if self.threads is None else self.threads,
+            "from": self.source,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What was asked for. None: the usual."""
+    """What was asked for. None: the usual. `kernels`, `threads` and `cached` are of the CPU."""
 
     layers: tuple[Layer, ...] | None = None
     codecs: tuple[str, ...] | None = None
+    kernels: tuple[str, ...] | None = None
     tokens: tuple[int, ...] | None = None
     threads: tuple[int, ...] | None = None
+    cached: bool = False
     full: bool = False
     rounds: int = 5
     seconds: float | None = None
@@ -82,8 +92,10 @@ class Plan:
     def of(
         layers: str | None,
         codecs: str | None,
+        kernels: str | None,
         tokens: str | None,
         threads: str | None,
+        cached: bool,
         full: bool,
         rounds: int,
         seconds: float | None,
@@ -96,8 +108,10 @@ class Plan:
         return Plan(
             each(layers, parse_layer),
             ALL_CODECS if codecs == "all" else each(codecs, _codec),
+            each(kernels, lambda name: known("--kernels", name, EXPERTS_KERNELS)),
             each(tokens, _tokens),
             each(threads, thread_count),
+            cached,
             full,
             rounds,
             checked_duration(seconds),
@@ -123,8 +137,9 @@ class Plan:
                 yield Case(device, layer, codec, kernel, tokens)
                 continue
             for threads in self.threads or (num_cores(),):
-                for kernel in (COMPILED, EXPAND) if layer.experts else (EXPAND,):
-                    yield Case(device, layer, codec, kernel, tokens, threads)
+                for kernel in self.kernels or usual_kernels(layer):
+                    for source in (MEMORY, CACHE) if self.cached else (MEMORY,):
+                        yield Case(device, layer, codec, kernel, tokens, threads, source)
 
     def seconds_of(self, num_cases: int) -> float:
         """Of each round of each case; what takes longer is done once."""
@@ -134,6 +149,11 @@ class Plan:
             return _LONGEST
         goes, budget = num_cases * self.rounds, _BUDGET_SECONDS / _LASTS
         return fair_seconds(goes, budget, _SHORTEST, _LONGEST)
+
+
+def usual_kernels(layer: Layer) -> tuple[str, ...]:
+    """The CPU's for `layer`."""
+    return EXPERTS_KERNELS if layer.experts else MATRIX_KERNELS
 
 
 def largest_record(cases: list[Case]) -> int:

@@ -11,7 +11,19 @@ from typing import Any
 from tierrun.bench.caches import cache_bytes, more_than_cached
 from tierrun.bench.cells import Cell, Results
 from tierrun.bench.kernels_bench import METRICS, Found, measure_all, open_bench
-from tierrun.bench.kernels_plan import COMPILED, EXPAND, MATMUL, MATVEC, Case, Plan, largest_record
+from tierrun.bench.kernels_cpu import obstacle
+from tierrun.bench.kernels_errors import errors, sheet_of_errors
+from tierrun.bench.kernels_plan import (
+    CACHE,
+    EXPAND,
+    FP32,
+    INT8,
+    MATMUL,
+    MATVEC,
+    Case,
+    Plan,
+    largest_record,
+)
 from tierrun.bench.report import has_gpu_driver, spread
 from tierrun.bench.running import check_memory, gpu_asked_for, gpu_errors, status
 from tierrun.bench.sheets import Sheet, in_words, sheet_of
@@ -50,6 +62,7 @@ def run_kernels(request: Request) -> tuple[Results, list[Sheet]]:
         say("compiling kernels")
         cases, left_out = _possible(plan.cases(devices), names)
         seconds = plan.seconds_of(len(cases))
+        wrong = list(errors([case for case in cases if case.device == "cpu"]))
         for device in dict.fromkeys(case.device for case in cases):
             mine = [case for case in cases if case.device == device]
             found = _measure(mine, names[device], plan.rounds, seconds, say)
@@ -58,9 +71,9 @@ def run_kernels(request: Request) -> tuple[Results, list[Sheet]]:
             notes += _about_yardsticks(device, found)
     notes += [*_about(cells), *_missing(request, devices), *left_out]
     setting = {"rounds": plan.rounds, "seconds_per_round": seconds}
-    details = {"yardsticks": yardsticks}
+    details = {"yardsticks": yardsticks, "errors": [error._asdict() for error in wrong]}
     results = Results("kernels", METRICS, tuple(cells), setting, tuple(notes), details)
-    return results, [sheet_of(results)]
+    return results, [sheet_of(results), *([sheet_of_errors(wrong)] if wrong else [])]
 
 
 def _measure(cases: Sequence[Case], device: str, rounds: int, seconds: float, say: _Say) -> Found:
@@ -112,17 +125,9 @@ def _uncompiled(cases: Sequence[Case], device: str) -> Mapping[Case, str]:
 
 
 def _without_kernels(cases: Sequence[Case]) -> Mapping[Case, str]:
-    """Of the CPU's, those that compiled kernels are not there for, and why."""
-    from tierrun.bench.kernels_layers import make_layout
-    from tierrun.engine.kernels.host import supported
-
-    found = dict[Case, str]()
-    for case in cases:
-        if case.kernel == COMPILED:
-            why = supported(make_layout(case.layer, case.codec))
-            if why is not None:
-                found[case] = f"compiled: {why}"
-    return found
+    """Of the CPU's, those that there are no kernels for, and why."""
+    reasons = ((case, obstacle(case)) for case in cases)
+    return {case: f"{case.kernel}: {why}" for case, why in reasons if why is not None}
 
 
 # -- what has to be known ---------------------------------------------------------------------
@@ -151,13 +156,23 @@ def _about(cells: Sequence[Cell]) -> Iterator[str]:
     kernels = {cell.key["kernel"] for cell in cells}
     yield (
         "experts: all products of one layer for so many tokens, each choosing its top-k at random; "
-        "GB/s: of packed weights that are needed, each counted once, GB = 10⁹ bytes; no call finds "
-        "its weights in a cache"
+        "GB/s: of packed weights that are needed, each counted once, GB = 10⁹ bytes; from memory: "
+        "no call finds its weights in a cache"
     )
-    if COMPILED in kernels:
-        yield f"{COMPILED}: unpacks in registers, activations in fp32 (int8: bench/kernels_int8.py)"
+    if INT8 in kernels:
+        yield (
+            f"{INT8}: as decode computes; unpacks in registers, activations rounded to int8 by "
+            "blocks of 32"
+        )
+    if FP32 in kernels:
+        yield f"{FP32}: the same with activations in fp32"
     if EXPAND in kernels:
-        yield f"{EXPAND}: expands to fp32 tile by tile, for torch's products"
+        yield (
+            f"{EXPAND}: expands to fp32 tile by tile, for torch's products, as for prompts and "
+            "with --exact"
+        )
+    if CACHE in {cell.key["from"] for cell in cells}:
+        yield f"from {CACHE}: always the same expert, or matrix; shares are of memory all the same"
     if kernels & {MATVEC, MATMUL}:
         yield (
             f"{MATVEC} (up to 8 tokens: every token reads its experts), {MATMUL} (more): recorded "

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from tierrun.bench import devices
 from tierrun.bench.cells import Cell, Metric, Results
 from tierrun.bench.devices import Setting, say
+from tierrun.bench.ending import Outcome, delivering
 from tierrun.bench.model_bench import Figures, Runner, Told, forget_usage, usage_curve
 from tierrun.bench.model_bound import Rates, drive_bandwidth, measure_rates
 from tierrun.bench.model_plan import Budgets, Case, Plan
@@ -64,14 +65,6 @@ class _Found:
     ended: BaseException | None = None
 
 
-class Outcome(NamedTuple):
-    """The results, how to show them, and what ended the run early, if anything did."""
-
-    results: Results
-    sheets: list[Sheet]
-    ended: BaseException | None
-
-
 def run_model(request: Request) -> Outcome:
     """Measure. Who is told to end (Ctrl-C, SIGTERM) still gives what has been measured until then.
 
@@ -80,12 +73,9 @@ def run_model(request: Request) -> Outcome:
     """
     manifest, found = read_manifest(request.directories[0]), _Found()
     _check(request, manifest)
-    try:
+    with delivering(found.cells) as ending:
         _measure_all(request, found)
-    except (KeyboardInterrupt, SystemExit) as ended:
-        if not found.cells:
-            raise
-        found.ended = ended
+    found.ended = ending.by
     if not found.cells:
         raise UsageError("; ".join(found.left_out))
     results = _results(request, manifest, found)

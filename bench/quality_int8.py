@@ -21,7 +21,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from tierrun.bench.kernels_int8 import CODECS
 from tierrun.bench.quantisation import WINDOW, held_out_windows
 from tierrun.bench.report import document, emit, open_console, run_script
 from tierrun.engine.codecs.codec import ELEMENTS, Codec, Level, find_codec
@@ -40,6 +39,10 @@ from tierrun.engine.stored import store_back
 from tierrun.io.extent import align_up
 from tierrun.tools.demo.run import CHECKPOINT
 
+CODECS = (
+    *("q4_k", "q4_0", "mxfp4", "q8_0", "q6_k", "q5_k", "q3_k", "q2_k", "q4_1", "q5_0", "q5_1"),
+    *("iq4_nl", "iq4_xs", "nvfp4", "int4_g128_bf16", "int4z_g128_f16", "int8_row_f32"),
+)
 ALLOWED = 0.005
 """Of the perplexity in fp32: what int8 activations may add."""
 

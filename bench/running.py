@@ -1,5 +1,7 @@
 """What the runs of several benchmarks begin with: device, memory, a line that says what is done."""
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,6 +15,13 @@ from tierrun.tiers.budget import host_memory
 
 if TYPE_CHECKING:
     import torch
+
+_started = time.perf_counter()
+
+
+def say(text: str) -> None:
+    """Progress, on stderr at once: a run that is cut off has still shown what it found."""
+    print(f"[{time.perf_counter() - _started:7.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 def gpu_asked_for(asked: str) -> "torch.device | None":

@@ -13,7 +13,7 @@ from tierrun.io.extent import format_bytes
 
 LEFT = (
     *("reader", "pattern", "directory", "to", "verdict"),
-    *("test", "layer", "codec", "device", "kernel"),
+    *("test", "layer", "codec", "device", "kernel", "from"),
     *("vram", "ram", "by", "path", "load", "arm"),
 )
 """Columns of words; all others are numbers, which stand to the right."""
@@ -87,7 +87,7 @@ def show(name: str, value: Value) -> str:
 
 def in_words(key: Mapping[str, Value]) -> str:
     """Values of a key, without the columns' titles above them."""
-    named = ("depth", "to", "threads", "tokens")
+    named = ("depth", "to", "from", "threads", "tokens")
     return ", ".join(f"{n} {v}" if n in named else show(n, v) for n, v in key.items())
 
 

@@ -1,6 +1,6 @@
 """Two things measured in turns, so that what changes on the machine changes both."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -22,10 +22,21 @@ class Turns(NamedTuple, Generic[T, Y]):
         return [of_ours(mine) / mean for mine, mean in zip(self.ours, means, strict=True)]
 
 
-def alternate(ours: Callable[[int], T], yardstick: Callable[[int], Y], rounds: int) -> Turns[T, Y]:
-    """Yardstick, ours, yardstick, ours, …, yardstick; both are told which of theirs it is."""
+def by_rounds(
+    ours: Callable[[int], T], yardstick: Callable[[int], Y], rounds: int
+) -> Iterator[Turns[T, Y]]:
+    """Yardstick, ours, yardstick, ours, …, yardstick; both are told which of theirs it is.
+
+    All turns until then, after each round.
+    """
     yardsticks, mine = [yardstick(0)], list[T]()
     for number in range(rounds):
         mine.append(ours(number))
         yardsticks.append(yardstick(number + 1))
-    return Turns(mine, yardsticks)
+        yield Turns(tuple(mine), tuple(yardsticks))
+
+
+def alternate(ours: Callable[[int], T], yardstick: Callable[[int], Y], rounds: int) -> Turns[T, Y]:
+    """All turns of at least one round; see `by_rounds`."""
+    *_, whole = by_rounds(ours, yardstick, rounds)
+    return whole

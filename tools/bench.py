@@ -111,8 +111,10 @@ def bench_io(
     outputs = Outputs(json_file, csv_file, md_file, plot_file, compare)
     old = outputs.check()
     with ended_by_signals():
-        results, sheets = run_io(Request(tuple(directories), plan, file_bytes, device, vs_fio))
-    outputs.deliver(results, sheets, open_console(), old)
+        found = run_io(Request(tuple(directories), plan, file_bytes, device, vs_fio))
+    outputs.deliver(found.results, found.sheets, open_console(), old)
+    if found.ended is not None:
+        raise found.ended
 
 
 @bench_app.command("copies")
@@ -172,12 +174,20 @@ def bench_kernels(
     codecs: Annotated[
         str | None, typer.Option("--codecs", help="q4_k,mxfp4, or all. Default: the usual ones.")
     ] = None,
+    kernels: Annotated[
+        str | None,
+        typer.Option("--kernels", help="Of the CPU: int8, fp32, expand. Default: all of them."),
+    ] = None,
     tokens: Annotated[
         str | None, typer.Option("--tokens", help="Of a call: 1,8,512. Default: from 1 to 2048.")
     ] = None,
     threads: Annotated[
         str | None, typer.Option("--threads", help="Of the CPU: 1,4. Default: all cores.")
     ] = None,
+    cached: Annotated[
+        bool,
+        typer.Option("--cached", help="The CPU also with one expert's weights, from its caches."),
+    ] = False,
     full: Annotated[
         bool,
         typer.Option("--full", help="Every codec and number of tokens; the best part of an hour."),
@@ -206,7 +216,7 @@ def bench_kernels(
     from tierrun.bench.outputs import Outputs
     from tierrun.bench.report import open_console
 
-    plan = Plan.of(layers, codecs, tokens, threads, full, rounds, duration)
+    plan = Plan.of(layers, codecs, kernels, tokens, threads, cached, full, rounds, duration)
     outputs = Outputs(json_file, csv_file, md_file, plot_file, compare)
     old = outputs.check()
     with ended_by_signals():

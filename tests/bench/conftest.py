@@ -60,3 +60,21 @@ def refused(run: Run, *arguments: object) -> str:
     assert code in (1, 2) and printed == ""
     assert error.startswith("tierrun: ") and error.count("\n") == 1
     return error
+
+
+class RecordedSteps:
+    """What a run has shown (`tierrun.bench.steps.Steps`), and the seconds it said that takes."""
+
+    def __init__(self) -> None:
+        self.begun, self.ended = list[str](), list[str]()
+        self.foreseen = self.passed = 0.0
+
+    def expect(self, seconds: float) -> None:
+        self.foreseen = seconds
+
+    def begin(self, text: str) -> None:
+        self.begun.append(text)
+
+    def end(self, text: str, seconds: float) -> None:
+        self.ended.append(text)
+        self.passed += seconds

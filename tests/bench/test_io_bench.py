@@ -1,32 +1,39 @@
 """`tierrun bench io` on tiny files: what is chosen, measured and said, and what is refused."""
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.bench.conftest import Run, refused
+from tests.bench.conftest import RecordedSteps, Run, refused
 from tests.fakes import Experts, tiny_store
 from tests.kvikios import CompatMode, FakeKvikio
 
 from tierrun.bench import fio, io_bench, io_plan, io_readers
 from tierrun.bench.documents import read_document
-from tierrun.bench.io_bench import Bench, about, measure_all, open_sources
-from tierrun.bench.io_fio import Agreement
+from tierrun.bench.ending import delivering
+from tierrun.bench.io_bench import (
+    Bench,
+    about,
+    cells_of,
+    ended_early,
+    measure_all,
+    open_sources,
+)
 from tierrun.bench.io_load import Load, run_load
 from tierrun.bench.io_plan import Case, Plan, choose_cases
 from tierrun.bench.io_readers import HostBuffers, open_to_device, open_to_host
 from tierrun.bench.io_sizes import ALL, RECORDS, USUAL
 from tierrun.bench.io_sources import Source
-from tierrun.bench.report import spread
-from tierrun.bench.yardstick import Turns, alternate
 from tierrun.io.errors import TierrunError, UsageError
 from tierrun.io.extent import PAGE
 from tierrun.io.measuring import Place
@@ -222,15 +229,46 @@ def test_buffers_begin_in_huge_pages() -> None:
 def test_cells_have_a_sample_of_each_round(source: Source) -> None:
     needs_direct(source.paths[0])
     plan = replace(QUICK, readers=("direct", "mmap", "mmap-warm", "buffered"), depths=(1, 2))
-    cases, said = chosen(plan, source), list[str]()
-    cells = measure_all(Bench(cases, None), cases, 2, 0.01, said.append)
-    assert len(cells) == 8 and len(said) == 16
-    assert said[0].startswith("round 1 of 2: ") and said[8].startswith("round 2 of 2: ")
+    cases, steps, found = chosen(plan, source), RecordedSteps(), dict[int, list[Load]]()
+    measure_all(Bench(cases, None), cases, 2, 0.01, steps, found)
+    cells = cells_of(cases, found)
+    assert len(cells) == 8 and len(steps.ended) == 16
+    assert steps.ended[0].startswith("round 1 of 2, 1 of 8: ")
+    assert steps.ended[8].startswith("round 2 of 2, 1 of 8: ") and "GB/s" in steps.ended[8]
+    assert steps.foreseen == pytest.approx(steps.passed)
     for cell in cells:
         assert {len(values) for values in cell.samples.values()} == {2}
         pairs = zip(cell.samples["bandwidth"], cell.samples["iops"], strict=True)
         assert all(rate == pytest.approx(iops * 4 * PAGE) for rate, iops in pairs)
         assert all(a <= b for a, b in zip(*[cell.samples[n] for n in ("p50", "p99")], strict=True))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("before", [0, 2, 4])
+def test_what_was_measured_outlives_the_end(
+    before: int, error: type[BaseException], source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three cells and two rounds; with nothing there is nothing to deliver."""
+    cases, found = chosen(replace(QUICK, depths=(1, 2, 3)), source), dict[int, list[Load]]()
+    numbers = itertools.count()
+
+    def measure(self: Bench, case: Case, seconds: float, seed: int) -> Load:
+        if next(numbers) == before:
+            raise error
+        return Load(*range(1, 6))
+
+    monkeypatch.setattr(Bench, "measure", measure)
+    expected = pytest.raises(error) if not before else contextlib.nullcontext()
+    with expected, delivering(found) as ending:
+        measure_all(Bench(cases, None), cases, 2, 0.01, RecordedSteps(), found)
+    if not before:
+        return
+    assert isinstance(ending.by, error)
+    rounds = [len(cell.samples["p99"]) for cell in cells_of(cases, found)]
+    assert rounds == {2: [1, 1], 4: [2, 1, 1]}[before]
+    said = ended_early(found, 3, 2)
+    assert said.startswith(f"told to end after {before} of 6 measurements")
+    assert said.endswith("1 of 3 cells are missing") == (before == 2)
 
 
 @pytest.mark.parametrize("reader", ["direct", "mmap", "buffered"])
@@ -269,37 +307,6 @@ def test_a_file_that_others_map_is_not_cold(source: Source) -> None:
         assert sum(mapping[::PAGE]) > 0
         text = " ".join(about([source], []))
     assert "100% of a file stays in the page cache" in text
-
-
-# -- against fio ------------------------------------------------------------------------------
-
-
-def test_turns_and_ratios() -> None:
-    order = list[str]()
-
-    def called(name: str, value: float) -> Callable[[int], float]:
-        return lambda number: (order.append(f"{name}{number}"), value + number)[1]
-
-    turns = alternate(called("ours", 10.0), called("fio", 4.0), 3)
-    assert order == ["fio0", "ours0", "fio1", "ours1", "fio2", "ours2", "fio3"]
-    same: Callable[[float], float] = lambda value: value  # noqa: E731
-    assert turns.ratios(same, same) == [10 / 4.5, 11 / 5.5, 12 / 6.5]
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "verdict"),
-    [
-        ([1.0, 1.0, 1.0], [1.04, 1.04, 1.03], "within 5 %"),
-        ([1.0, 1.0, 1.0], [1.1, 1.2, 0.9], "within fio's spread"),
-        ([1.0, 1.0, 1.0], [1.1, 1.1, 1.1], "differs"),
-        ([1.2, 1.2, 1.2], [1.1, 1.1, 1.1], "differs"),
-    ],
-)
-def test_agreement(ours: list[float], theirs: list[float], verdict: str, source: Source) -> None:
-    (case,) = chosen(QUICK, source)
-    turns = Turns(list[Load](), list[fio.FioResult]())
-    found = Agreement(case, 1.0, turns, spread(ours), spread(theirs), spread([1.0]))
-    assert found.verdict == verdict
 
 
 # -- the command ------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tierrun.bench import fio
+from tierrun.bench.documents import read_document
 
 ENDLESS = ("--size", "48MiB", "--sizes", "300KB", "--depths", "4", "--rounds", "100000")
 TIERRUN = (sys.executable, "-m", "tierrun", "bench", "io")
@@ -92,6 +93,49 @@ def test_at_any_moment(tmp_path: Path) -> None:
         process.communicate(timeout=60)
         wait_for(lambda: not holders(tmp_path))
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_was_measured_is_delivered(number: signal.Signals, tmp_path: Path) -> None:
+    """Table, note and files, of a run that would take days."""
+    directory, lines = tmp_path / "drive", list[str]()
+    directory.mkdir()
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "csv", "md")}
+    wanted = [word for name, file in files.items() for word in (f"--{name}", str(file))]
+    process = start(directory, *ENDLESS, "--readers", "buffered,mmap-warm", *wanted)
+    assert process.stderr is not None
+    while len(lines) < 3:
+        lines.append(process.stderr.readline())
+        assert lines[-1], lines
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == SIGNALS[number]
+    assert "] round 1 of 100000, 1 of 2: " in lines[0] and "GB/s; about" in lines[0]
+    assert "] round 2 of 100000, 1 of 2: " in lines[2]
+    assert "told to end after " in printed and " of 200000 measurements" in printed
+    results = read_document(files["json"]).results
+    assert [cell.key["reader"] for cell in results.cells] == ["buffered", "mmap-warm"]
+    assert min(len(cell.samples["bandwidth"]) for cell in results.cells) >= 1
+    assert "told to end" in files["md"].read_text()
+    assert len(files["csv"].read_text().splitlines()) == 3
+    assert list(directory.iterdir()) == [] and not holders(directory)
+
+
+@pytest.mark.skipif(fio.obstacle() is not None, reason=str(fio.obstacle()))
+def test_whole_rounds_against_fio_are_delivered(tmp_path: Path) -> None:
+    directory, file = tmp_path / "drive", tmp_path / "out.json"
+    directory.mkdir()
+    more = ("--size", "48MiB", "--sizes", "300KB", "--depths", "2,4", "--duration", "0.1")
+    process = start(directory, "--vs-fio", *more, "--rounds", "1", "--json", str(file))
+    assert process.stderr is not None
+    assert "1 of 2, " in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)  # fio has more than a second to go
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == SIGNALS[signal.SIGTERM]
+    assert "told to end after 1 of 2 cells" in printed
+    (agreement,) = read_document(file).results.details["agreement"]
+    assert agreement["rounds"] == 1 and agreement["key"]["depth"] == 2
+    assert list(directory.iterdir()) == [] and not holders(directory)
 
 
 @pytest.mark.skipif(fio.obstacle() is not None, reason=str(fio.obstacle()))

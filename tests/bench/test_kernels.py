@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tierrun.bench import kernels_bench, kernels_compile, kernels_run
 from tierrun.bench.kernels_bench import Bench, Yardstick, measure_all
 from tierrun.bench.kernels_calls import Calls, Routed
-from tierrun.bench.kernels_cpu import CompiledCalls, ExpandingCalls, cpu_work
+from tierrun.bench.kernels_cpu import cpu_calls, cpu_work, obstacle
+from tierrun.bench.kernels_errors import errors, exact_output, sheet_of_errors
 from tierrun.bench.kernels_gpu import gpu_calls, gpu_work, kernel_of
 from tierrun.bench.kernels_layers import (
     LAYERS,
@@ -90,6 +91,7 @@ def test_layers_by_name_and_by_dimensions() -> None:
         ({"layers": "64x32:9/8"}, "top-k is from 1"),
         ({"layers": "64x32:0/8"}, "top-k is from 1"),
         ({"codecs": "q9_z"}, "--codecs q9_z: choose from bf16"),
+        ({"kernels": "compiled"}, "--kernels compiled: choose from int8, fp32, expand"),
         ({"tokens": "0"}, "--tokens '0'"),
         ({"tokens": "1,many"}, "--tokens 'many'"),
         ({"threads": "x"}, "--threads 'x'"),
@@ -97,20 +99,28 @@ def test_layers_by_name_and_by_dimensions() -> None:
     ],
 )
 def test_words_that_are_not_understood(words: dict[str, Any], message: str) -> None:
-    asked = dict.fromkeys(("layers", "codecs", "tokens", "threads", "seconds"), None) | words
+    names = ("layers", "codecs", "kernels", "tokens", "threads", "seconds")
+    asked = dict.fromkeys(names, None) | words
     with pytest.raises(UsageError, match=message):
-        Plan.of(**asked, full=False, rounds=1)
+        Plan.of(**asked, cached=False, full=False, rounds=1)
 
 
 def test_what_is_measured() -> None:
     usual, full = Plan().cases(("cpu", "cuda")), Plan(full=True).cases(("cpu", "cuda"))
     assert {case.codec for case in full} == set(ALL_CODECS)
     assert {case.kernel for case in usual if case.device == "cuda"} == {"matvec", "matmul"}
-    assert {case.kernel for case in usual if case.device == "cpu"} == {"compiled", "expand"}
+    assert {case.kernel for case in usual if case.device == "cpu"} == {"int8", "fp32", "expand"}
+    assert {case.source for case in usual} == {"memory"}
     assert all(case.threads is None for case in usual if case.device == "cuda")
-    assert Plan.of(None, "all", None, None, False, 1, None).codecs == ALL_CODECS
+    assert Plan.of(None, "all", None, None, None, False, False, 1, None).codecs == ALL_CODECS
     matrix = Plan(layers=(MATRIX,), tokens=(1,)).cases(("cpu",))
-    assert {case.kernel for case in matrix} == {"expand"}
+    assert {case.kernel for case in matrix} == {"int8", "expand"}
+    asked = Plan.of("64x32:2/6", "q4_k", "int8,fp32", "1", "1", True, False, 1, None)
+    cases = asked.cases(("cpu",))
+    assert [(case.kernel, case.source) for case in cases] == [
+        *(("int8", "memory"), ("int8", "cache"), ("fp32", "memory"), ("fp32", "cache"))
+    ]
+    assert {case.key()["from"] for case in cases} == {"memory", "cache"}
     assert largest_record(matrix) == record_nbytes(MATRIX, "bf16") == 3 * 4096
     assert Plan(seconds=0.5).seconds_of(10**6) == 0.5
 
@@ -140,15 +150,88 @@ def test_calls_go_through_all_records(tokens: int, count: int, top_k: int, more:
 @pytest.mark.parametrize("layer", [EXPERTS, MATRIX], ids=lambda layer: str(layer.name))
 def test_expanding_calls_are_right(codec: str, layer: Layer) -> None:
     record, records = filled(layer, codec)
-    assert_right(ExpandingCalls(record, records, tokens=5), record, 1e-5)
+    assert_right(cpu_calls("expand", record, records, 5, 1), record, 1e-5)
 
 
-@pytest.mark.parametrize("codec", ["q4_k", "bf16"])
-def test_compiled_calls_are_right(codec: str) -> None:
-    record, records = filled(EXPERTS, codec)
-    calls = CompiledCalls(record, records, tokens=5, threads=2)
-    assert_right(calls, record, 1e-4)
+@pytest.mark.parametrize(
+    ("kernel", "layer", "codec", "tolerance"),
+    [
+        ("fp32", EXPERTS, "q4_k", 1e-4),
+        ("fp32", EXPERTS, "bf16", 1e-4),
+        ("int8", EXPERTS, "q4_k", 0.03),
+        ("int8", EXPERTS, "q8_0", 0.03),
+        ("int8", MATRIX, "q4_k", 0.03),
+    ],
+    ids=str,
+)
+def test_compiled_calls_are_right(kernel: str, layer: Layer, codec: str, tolerance: float) -> None:
+    record, records = filled(layer, codec)
+    calls = cpu_calls(kernel, record, records, tokens=5, threads=2)
+    assert_right(calls, record, tolerance)
     assert cpu_work(calls)(3) > 0
+    exact = expected(record, calls.routed)
+    error = (calls.output.double() - exact).norm() / exact.norm()
+    assert (error > 1e-3) == (kernel == "int8"), "not the kernel that was named"
+
+
+@pytest.mark.parametrize(
+    ("layer", "codec", "kernel", "tokens", "reason"),
+    [
+        (EXPERTS, "q4_k", "int8", 8, None),
+        (MATRIX, "q4_k", "int8", 8, None),
+        (EXPERTS, "q4_k", "int8", 9, "more than 8 tokens"),
+        (MATRIX, "q4_k", "int8", 9, "more than 8 tokens"),
+        (EXPERTS, "bf16", "int8", 1, "plain numbers"),
+        (MATRIX, "bf16", "int8", 1, "plain numbers"),
+        (EXPERTS, "fp8_g128_f32", "int8", 1, "some are fractions"),
+        (EXPERTS, "bf16", "fp32", 9, None),
+        (MATRIX, "q4_k", "fp32", 1, "not for one matrix"),
+        (MATRIX, "bf16", "expand", 9, None),
+    ],
+    ids=str,
+)
+def test_what_the_cpu_has_no_kernel_for(
+    layer: Layer, codec: str, kernel: str, tokens: int, reason: str | None
+) -> None:
+    found = obstacle(Case("cpu", layer, codec, kernel, tokens, 1))
+    assert (found is None) == (reason is None) and (reason or "") in (found or "")
+
+
+@pytest.mark.parametrize("layer", [EXPERTS, MATRIX], ids=lambda layer: str(layer.name))
+def test_a_cached_call_is_of_one_expert(layer: Layer) -> None:
+    """Whose record is always the same; and its work is that of one expert for every token."""
+    bench = Bench(torch.zeros(1 << 20, dtype=torch.uint8), gpu=False)
+    case = Case("cpu", layer, "q4_0", "int8", 3, 1, "cache")
+    calls, per_second = bench._measured(case, 0.001)
+    assert calls.routed.weights == layer.weights and per_second > 0
+    assert calls.routed.flops == 2 * 3 * layer.weights
+    assert [calls.routed.places(number) for number in range(3)] == [[0]] * 3
+    assert calls.routed.which.tolist() == [0, 0, 0]
+
+
+def test_errors_of_every_kernel() -> None:
+    cases = Plan(layers=(EXPERTS, MATRIX), codecs=("q4_k", "bf16"), tokens=(1, 2)).cases(("cpu",))
+    cases = [case for case in cases if obstacle(case) is None]
+    found = list(errors(cases))
+    assert [(e.layer, e.codec, e.kernel) for e in found] == list(
+        dict.fromkeys((case.layer.name, case.codec, case.kernel) for case in cases)
+    )
+    for error in found:
+        low, high = (1e-3, 0.03) if error.kernel == "int8" else (0.0, 1e-5)
+        assert low <= error.error < high, error
+    sheet = sheet_of_errors(found)
+    assert sheet.columns == ("layer", "codec", "int8", "fp32", "expand")
+    assert [row[2] == "-" for row in sheet.rows] == [False, True, False, True]
+    assert sheet.rows[2][3] == "-", "a matrix has no kernel in fp32 but that which expands"
+    one = sheet_of_errors([error for error in found if error.layer == "matrix"][:1])
+    assert one.columns == ("codec", "int8")
+
+
+def test_the_exact_output_is_the_expected_one() -> None:
+    for layer in (EXPERTS, MATRIX):
+        record = make_record(layer, "q5_k").alone
+        routed = Routed(record, record.data[None], 4)
+        assert torch.allclose(exact_output(record, routed), expected(record, routed))
 
 
 @pytest.mark.parametrize("codec", ["q4_k", "bf16"])
@@ -259,15 +342,32 @@ def test_end_to_end(run: Run, tmp_path: Path) -> None:
     assert code == 0, error
     assert "% of memory" in printed and "memory is read at" in printed
     made = json.loads(old.read_text())
-    assert made["benchmark"] == "kernels" and len(made["cells"]) == 2 * 2 * 2 + 2 * 2
+    experts, matrices = 2 * (3 + 2), 2 * (2 + 1)  # bf16 has no int8
+    assert made["benchmark"] == "kernels" and len(made["cells"]) == experts + matrices
+    assert {error["kernel"] for error in made["details"]["errors"]} == {"int8", "fp32", "expand"}
+    assert "left out (4 cells): int8: plain numbers" in printed
+    assert "outputs' error by kernel" in printed
     assert all(len(samples) == 4 for c in made["cells"] for samples in c["samples"].values())
     assert len(made["details"]["yardsticks"]["cpu"][0]["memory"]) == 4
     assert "q4_k" in (tmp_path / "t.md").read_text()
-    assert (tmp_path / "t.csv").read_text().startswith("device,layer,codec,kernel,tokens,threads,")
+    assert (
+        (tmp_path / "t.csv")
+        .read_text()
+        .startswith("device,layer,codec,kernel,tokens,threads,from,")
+    )
     code, printed, error = run(*QUICK, "--json", new, "--compare", old)
     assert code == 0 and "verdict" in printed, error
     code, printed, error = run("compare", old, new, "--metric", "flops")
     assert code == 0 and "TFLOP/s: median" in printed, error
+
+
+def test_from_a_cache(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "cached.json"
+    code, printed, error = run(*QUICK, "--kernels", "int8", "--cached", "--json", file)
+    assert code == 0 and "from cache: always the same expert" in printed, error
+    keys = [cell["key"] for cell in json.loads(file.read_text())["cells"]]
+    assert {(key["kernel"], key["codec"]) for key in keys} == {("int8", "q4_k")}
+    assert sorted(key["from"] for key in keys) == ["cache"] * 4 + ["memory"] * 4
 
 
 def test_a_plot(run: Run, tmp_path: Path) -> None:
