@@ -17,7 +17,7 @@ from tierrun.engine.gpu.activations import apply_gate
 from tierrun.engine.kernels import int8_tasks, int8_tile
 from tierrun.engine.kernels.geometry import packed_geometry
 from tierrun.engine.kernels.host_product import Product
-from tierrun.engine.kernels.int8 import MOST_TOKENS, obstacle
+from tierrun.engine.kernels.int8 import FEW_TOKENS, obstacle
 from tierrun.engine.kernels.int8_dots import AVX2, NEON, PLAIN, VNNI, VNNI_512, Way, possible
 from tierrun.engine.kernels.int8_gates import gated_block
 from tierrun.engine.kernels.int8_linear import Int8Linear
@@ -97,7 +97,7 @@ def test_there_are_kernels_for_all_but_fractions_of_eight_bits() -> None:
 @given(
     rows=st.sampled_from([2, 31, 32, 45, 96]),
     columns=st.sampled_from([32, 80, 96, 256, 344, 384, 518]),
-    tokens=st.integers(1, MOST_TOKENS),
+    tokens=st.integers(1, FEW_TOKENS),
     seed=st.integers(0, 1000),
     largest=st.booleans(),
 )
@@ -173,9 +173,8 @@ def test_a_row_depends_on_neither_threads_nor_other_rows(name: str) -> None:
 
 def test_what_it_does_not_take() -> None:
     linear = Int8Linear(1)
-    assert linear.takes(random_matrix("q4_k", 32, 256, 1, largest=False), 8)
-    assert not linear.takes(random_matrix("q4_k", 32, 256, 1, largest=False), 9)
-    assert not linear.takes(random_matrix("fp8_row_f32", 32, 256, 1, largest=False), 1)
+    assert linear.takes(random_matrix("q4_k", 32, 256, 1, largest=False))
+    assert not linear.takes(random_matrix("fp8_row_f32", 32, 256, 1, largest=False))
     with pytest.raises(ValueError, match="no int8 kernel for numbers of eight bits"):
         int8_tasks.tile_function(packed_geometry(find_codec("fp8_row_f32"), (32, 64)))
 
