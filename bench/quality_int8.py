@@ -4,7 +4,7 @@
 
 Experts and linear modules (all but the routers) are rounded to a codec, plainly: this is no measure
 of codecs, but both paths compute with the same packed weights. Perplexity is that of held-out code
-(bench.held_out), in windows of 1024 tokens; every product of a window is by the kernels of decode.
+(bench.held_out), in windows of 1024 tokens; every product of a window is by the kernels of prompts.
 """
 
 import math
@@ -31,7 +31,7 @@ from tierrun.engine.gpu.layout import ExpertLayout
 from tierrun.engine.kernels.cpu import CpuKernels
 from tierrun.engine.kernels.geometry import packed_geometry
 from tierrun.engine.kernels.host import HostExperts
-from tierrun.engine.kernels.int8 import MOST_TOKENS, obstacle
+from tierrun.engine.kernels.int8 import obstacle
 from tierrun.engine.kernels.int8_linear import Int8Linear
 from tierrun.engine.kernels.matmul import Operand
 from tierrun.engine.kernels.matvec import Gate
@@ -151,7 +151,7 @@ class Model:
 
     def __init__(self, codec: Codec) -> None:
         self.int8 = False
-        self._few = Int8Linear(2)
+        self._linear = Int8Linear(2)
         self._experts: dict[nn.Module, PackedExperts] = {}
         ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, self._compute)
         self._model = AutoModelForCausalLM.from_pretrained(
@@ -172,10 +172,7 @@ class Model:
         self, x: torch.Tensor, weight: Packed, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """As `CpuKernels`."""
-        if not self.int8 or not self._few.takes(weight, 1):
-            return CpuKernels().linear(x, weight, bias)
-        assert bias is None
-        return torch.cat([self._few(rows, weight) for rows in torch.split(x, MOST_TOKENS)])
+        return CpuKernels(self._linear if self.int8 else None).linear(x, weight, bias)
 
     def embedding(self, ids: torch.Tensor, weight: Packed) -> torch.Tensor:
         """As `CpuKernels`."""

@@ -1,6 +1,6 @@
-"""The experts of a CPU engine by compiled kernels, where each is for few tokens.
+"""The experts of a CPU engine by compiled kernels.
 
-All such experts of a layer that are there are computed in one call: gate, up, activation and down.
+All experts of a layer that are there are computed in one call: gate, up, activation and down.
 """
 
 import logging
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from tierrun.engine.gpu.layout import ExpertLayout, expert_layout
 from tierrun.engine.kernels.host import HostExperts, supported, supports_int8
-from tierrun.engine.kernels.int8 import MOST_TOKENS
 from tierrun.io.errors import ModelError
 from tierrun.io.store import Manifest
 
@@ -30,16 +30,14 @@ class CompiledExperts:
         count = sum(layer is not None for layer in self._layers)
         if count:
             log.info(
-                "int8 activations for experts of at most %d tokens, in %d of %d layers "
-                "(--exact: fp32)",
-                MOST_TOKENS,
+                "int8 activations for experts in %d of %d layers (--exact: fp32)",
                 count,
                 len(layouts),
             )
 
-    def takes(self, layer: int, rows: int) -> bool:
-        """Whether there are kernels for an expert that so many tokens chose."""
-        return rows <= MOST_TOKENS and self._layers[layer] is not None
+    def takes(self, layer: int) -> bool:
+        """Whether there are kernels for the experts of `layer`."""
+        return self._layers[layer] is not None
 
     def compute(
         self,
@@ -47,24 +45,25 @@ class CompiledExperts:
         records: dict[int, int],
         hidden: torch.Tensor,
         top_k: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `records` (expert → address) make of the tokens that chose them.
+        out: torch.Tensor,
+    ) -> NDArray[np.int64]:
+        """What `records` (expert → address) make of the tokens that chose them, unweighted.
 
-        Returns their places in `top_k`, flattened, and the outputs [places, H], unweighted.
+        Rows of `out` [tokens · k, H] are in the order of `top_k`, flattened; returns which got
+        something.
         """
         kernels = self._layers[layer]
         assert kernels is not None, "never asked whether it takes this"
-        number = {expert: place for place, expert in enumerate(records)}
-        chosen, k = top_k.flatten().tolist(), top_k.shape[1]
-        places = [place for place, expert in enumerate(chosen) if expert in number]
-        wanted = np.array(places, np.int64)
-        which = np.array([number[chosen[place]] for place in places], np.int64)
-        out = hidden.new_empty(len(places), hidden.shape[1])
+        chosen, k = top_k.flatten().numpy(), top_k.shape[1]
+        number = np.full(max(chosen.max(), *records) + 1, -1)
+        number[list(records)] = np.arange(len(records))
+        which = number[chosen]
+        rows = np.flatnonzero(which >= 0)
         addresses = np.array(list(records.values()), np.int64)
         x = hidden.contiguous().numpy()
-        kernels.begin(addresses, x, wanted // k, which, out.numpy())
+        kernels.begin(addresses, x, rows // k, which[rows], out.numpy(), rows)
         kernels.finish()
-        return torch.from_numpy(wanted), out
+        return rows
 
 
 def _layout(module: nn.Module, manifest: Manifest, layer: int) -> ExpertLayout | None:

@@ -140,17 +140,14 @@ class ExpertsHook:
 
     def _compute_all(self, layer: int, held: Sequence[Held], work: "_LayerWork") -> float:
         started = time.perf_counter()
-        few = [x for x in held if self._takes_few(layer, work.num_rows[x.expert])]
-        if few:
-            assert self._compiled is not None
-            records = {expert: tier.memory(slot).data_ptr() for expert, tier, slot in few}
-            work.add_all(self._compiled, layer, records)
-        for expert, tier, slot in (x for x in held if x not in few):
-            work.add(expert, self._matrices(tier, slot), self._kernels)
+        if self._compiled is not None and self._compiled.takes(layer):
+            records = {expert: tier.memory(slot).data_ptr() for expert, tier, slot in held}
+            if records:
+                work.add_all(self._compiled, layer, records)
+        else:
+            for expert, tier, slot in held:
+                work.add(expert, self._matrices(tier, slot), self._kernels)
         return time.perf_counter() - started
-
-    def _takes_few(self, layer: int, rows: int) -> bool:
-        return self._compiled is not None and self._compiled.takes(layer, rows)
 
     def _matrices(self, tier: Tier, slot: int) -> Matrices:
         """Views of the slot's record, made once: slots never move."""
@@ -176,7 +173,6 @@ class _LayerWork:
         self._outputs = hidden.new_zeros(*top_k.shape, hidden.shape[-1])
         experts, uses = torch.unique(top_k, return_counts=True)
         self.experts: list[int] = experts[uses.argsort(descending=True, stable=True)].tolist()
-        self.num_rows: dict[int, int] = dict(zip(experts.tolist(), uses.tolist(), strict=True))
 
     def last_experts(self) -> list[int]:
         """What the last token chose: the best guess at what decode will want."""
@@ -191,10 +187,11 @@ class _LayerWork:
 
     def add_all(self, compiled: CompiledExperts, layer: int, records: dict[int, int]) -> None:
         """Compute the experts of `records` (by their addresses) for all tokens, in one call."""
-        places, y = compiled.compute(layer, records, self._hidden, self._top_k)
+        outputs = self._outputs.flatten(0, 1)
+        rows = compiled.compute(layer, records, self._hidden, self._top_k, outputs)
         theirs: Any = self._module
-        y = theirs.post_expert_norm(y) if theirs.has_post_expert_norm else y
-        self._outputs.flatten(0, 1)[places] = y
+        if theirs.has_post_expert_norm:
+            outputs[rows] = theirs.post_expert_norm(outputs[rows])
 
     def result(self) -> torch.Tensor:
         """The weighted sum over the top-k slots, [tokens, H]."""

@@ -1,4 +1,4 @@
-"""Matrix products on the CPU with weights as stored, computed in fp32, or few tokens' in int8.
+"""Matrix products on the CPU with weights as stored, in int8 where there are kernels, or in fp32.
 
 bf16 `linear` runs at 19 GFLOP/s without AVX-512, fp32 at 85–127 (measured, 2 cores): weights are
 widened or dequantised tile by tile into a scratch that stays in cache, and multiplied there.
@@ -17,18 +17,18 @@ TILE_ELEMENTS = 1 << 20
 
 
 def cpu_kernels(threads: int, *, exact: bool) -> "CpuKernels":
-    """Those of an engine with so many threads: few tokens in int8, unless it is `exact`."""
+    """Those of an engine with so many threads: packed weights in int8, unless it is `exact`."""
     return CpuKernels(None if exact else Int8Linear(threads))
 
 
 class CpuKernels:
     """The products of one engine; owns the scratch tile, so one call at a time.
 
-    With `few`, packed matrices are multiplied by it where it takes as few tokens.
+    With `int8`, packed matrices that it takes are multiplied by it.
     """
 
-    def __init__(self, few: Int8Linear | None = None) -> None:
-        self._few = few
+    def __init__(self, int8: Int8Linear | None = None) -> None:
+        self._int8 = int8
         self._scratch = torch.empty(TILE_ELEMENTS, dtype=torch.float32)
         self._work = torch.empty(TILE_ELEMENTS // 2, dtype=torch.int32)
 
@@ -57,8 +57,8 @@ class CpuKernels:
 
     def _packed(self, x: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.Tensor:
         x = x if weight.inputs is None else x[:, weight.inputs]
-        if self._few is not None and self._few.takes(weight, len(x)):
-            y = self._few(x, weight)
+        if self._int8 is not None and len(x) and self._int8.takes(weight):
+            y = self._int8(x, weight)
             return y if bias is None else y.add_(bias)
         rows, columns = weight.shape[0], weight.padded_columns
         step = max(1, self._tile_rows(columns) // TILE_ROWS) * TILE_ROWS

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from tierrun.engine.gpu.layout import ExpertLayout
 from tierrun.engine.kernels.geometry import COLUMNS, ROWS
-from tierrun.engine.kernels.int8 import obstacle
+from tierrun.engine.kernels.int8 import FEW_TOKENS, obstacle
 from tierrun.io.extent import align_up
 
 if TYPE_CHECKING:
     from tierrun.engine.kernels.answer import LaneArrays
+    from tierrun.engine.kernels.host_tasks import Tasks
     from tierrun.engine.kernels.workers import Workers
 
 _MACHINES = ("x86_64", "aarch64")
@@ -62,7 +63,14 @@ class HostExperts:
         if (reason := supported(layout)) is not None:
             raise ValueError(reason)
         # numba takes a second to import: only whoever wants kernels waits for it
-        from tierrun.engine.kernels import host_job, host_tasks, int8_rows, int8_tasks, workers
+        from tierrun.engine.kernels import (
+            host_job,
+            host_tasks,
+            int8_many,
+            int8_rows,
+            int8_tasks,
+            workers,
+        )
 
         (first,), down = layout.first, layout.down
         self._hidden, self._inner = first.matrix[COLUMNS], down.matrix[COLUMNS]
@@ -72,13 +80,17 @@ class HostExperts:
         if int8 and supports_int8(layout):
             self._plan = int8_tasks.Plan(first, down, layout.gate)
             self._tasks = int8_tasks.tasks(self._inner, self._outer)
+            self._many_tasks = int8_many.tasks(self._inner, self._outer)
             self._row_words = int8_rows.row_bytes(self._hidden) // 8
         else:
             self._tasks = host_tasks.tasks(first, down, layout.gate)
             self._row_words = 0
         # bytes from one row between the products to the next: fp32, or blocks, which are smaller
         self._stride = align_up(4 * align_up(self._inner, int8_rows.BLOCK), _ALIGNMENT)
-        self._host, self._prepare = host_job, int8_tasks.prepare
+        self._host, self._prepare, self._panels = host_job, int8_tasks.prepare, int8_many
+        self._panel = int8_rows.PANEL
+        self._panel_words = int8_rows.panel_bytes(self._hidden) // 8
+        self._inner_panel = int8_rows.panel_bytes(self._inner)
         self._workers = workers.workers(max(1, min(threads, _cores())))
         self._table = self._inners = self._rows = np.empty(0, np.int64)
         self._job = np.zeros(host_job.JOB_WORDS, np.int64)
@@ -105,30 +117,40 @@ class HostExperts:
         tokens: NDArray[np.int64],
         which: NDArray[np.int64],
         out: NDArray[np.float32],
+        rows: NDArray[np.int64] | None = None,
     ) -> None:
-        """Apply record `which[a]` to `hidden[tokens[a]]` into `out[a]`, unweighted, for each a.
+        """Apply record `which[a]` to `hidden[tokens[a]]` into `out[rows[a]]`, unweighted.
 
         `addresses` are those of experts' records in host memory (as in a slot, 64-byte aligned),
-        int64; `hidden` is [T, H], `out` [A, H]. A row of `out` depends on its record and its row
-        of `hidden` only: whatever else is computed, and by how many threads, the bits are the same.
-        The caller's thread goes on at once; `finish` must follow.
+        int64; `hidden` is [T, H]; without `rows`, row a of `out` is the result of assignment a. A
+        row of `out` depends on its record and its row of `hidden` only: whatever else is computed,
+        and by how many threads, the bits are the same. The caller's thread goes on at once;
+        `finish` must follow.
 
         Raises:
             IndexError: an assignment is of no record, or of no token.
         """
-        assert hidden.shape[1] == self._hidden and out.shape == (len(which), self._outer)
+        assert hidden.shape[1] == self._hidden and out.shape[1] == self._outer
         assert hidden.flags.c_contiguous and out.flags.c_contiguous
         assert hidden.dtype == out.dtype == np.float32 and len(tokens) == len(which)
         assert not (addresses % _ALIGNMENT).any()
-        self._reserve(len(addresses), len(which), len(hidden))
-        used = self._host.arrange(addresses, tokens, len(hidden), which, self._table)
-        if used < 0:
+        if rows is None:
+            rows = which[:0]
+            assert len(out) == len(which)
+        many = self._plan is not None and len(hidden) > FEW_TOKENS
+        most = self._panel if many else len(which) + 1
+        self._table = _room(self._table, self._table_words(len(addresses), len(which), most))
+        given = addresses, tokens, len(hidden), which, rows, most, self._table
+        if (used := self._host.arrange_parts(*given)) < 0:
             raise IndexError(f"no such record among {len(addresses)}, or token among {len(hidden)}")
-        self._job[:] = self._filled(used, hidden, out, self._inners, self._table, self._rows)
-        if self._plan is not None:
-            self._prepare(self._job.ctypes.data, len(hidden))
-        tasks = used * (self._tasks.first_tiles + self._tasks.down_tiles)
-        self._workers.begin(self._perform, self._job.ctypes.data, tasks)
+        tasks = self._many_tasks if many else self._tasks
+        self._fill(used, hidden, out, len(which), many=many)
+        job = self._job.ctypes.data
+        if many:
+            self._workers.run(self._panels.prepare().address, job, used * self._panels.SLICES)
+        elif self._plan is not None:
+            self._prepare(job, len(hidden))
+        self._workers.begin(self._perform, job, used * (tasks.first_tiles + tasks.down_tiles))
 
     def finish(self) -> bool:
         """Help with what is left, and wait until all is done; whether anything was left.
@@ -151,11 +173,11 @@ class HostExperts:
         from tierrun.engine.kernels.answer import LaneArrays
 
         most, found = len(out), self._tasks
-        words = most * (self._host.TABLE_ROW // 8) + 2 * most
-        table = np.zeros(words, np.int64)
+        table = np.zeros(self._table_words(most, most, most), np.int64)
         inners = np.zeros(most * self._stride // 8, np.int64)
         rows = np.zeros(len(hidden) * self._row_words, np.int64)
-        job = np.array(self._filled(0, hidden, out, inners, table, rows), np.int64)
+        words = self._words(found, 0, hidden, out, inners, self._stride, table, rows)
+        job = np.array(words, np.int64)
         self._kept += [hidden, out, inners, rows, table, job]
         return LaneArrays(
             self._workers.state,
@@ -175,33 +197,55 @@ class HostExperts:
         """Its threads."""
         return self._workers
 
-    def _filled(
+    def _fill(
         self,
         used: int,
         hidden: NDArray[np.float32],
         out: NDArray[np.float32],
+        assignments: int,
+        *,
+        many: bool,
+    ) -> None:
+        """Make the job one of `used` rows of the table, and room for what it needs."""
+        tasks, stride = self._tasks, self._stride
+        places, row_places, row_words = assignments, len(hidden), self._row_words
+        if many:
+            tasks, stride = self._many_tasks, self._inner_panel
+            places, row_places, row_words = used, used, self._panel_words
+        self._inners = _room(self._inners, places * stride // 8)
+        self._rows = _room(self._rows, row_places * row_words)
+        self._job[:] = self._words(
+            tasks, used, hidden, out, self._inners, stride, self._table, self._rows
+        )
+
+    def _words(
+        self,
+        found: "Tasks",
+        used: int,
+        hidden: NDArray[np.float32],
+        out: NDArray[np.float32],
         inners: NDArray[np.int64],
+        stride: int,
         table: NDArray[np.int64],
         rows: NDArray[np.int64],
     ) -> tuple[int, ...]:
-        """The words of a job of `used` records; see `host_job`."""
-        found, given = self._tasks, hidden.ctypes.data
+        """The words of a job; see `host_job`."""
+        given = hidden.ctypes.data
         plan, taken = (0, given) if self._plan is None else (self._plan.address, rows.ctypes.data)
         return (
             *(found.first, found.down, used, found.first_tiles, found.down_tiles),
-            *(taken, out.ctypes.data, inners.ctypes.data, self._stride, table.ctypes.data),
+            *(taken, out.ctypes.data, inners.ctypes.data, stride, table.ctypes.data),
             *(plan, given),
         )
 
-    def _reserve(self, records: int, assignments: int, tokens: int) -> None:
-        """Make room for so many."""
-        words = records * (self._host.TABLE_ROW // 8) + 2 * assignments
-        if len(self._table) < words:
-            self._table = np.empty(2 * words, np.int64)
-        if self._inners.nbytes < assignments * self._stride:
-            self._inners = np.empty(2 * assignments * self._stride // 8, np.int64)
-        if len(self._rows) < tokens * self._row_words:
-            self._rows = np.empty(tokens * self._row_words, np.int64)
+    def _table_words(self, records: int, assignments: int, most: int) -> int:
+        """Of a table of so many, with at most `most` assignments in a row."""
+        return (records + assignments // most) * (self._host.TABLE_ROW // 8) + 2 * assignments
+
+
+def _room(memory: NDArray[np.int64], words: int) -> NDArray[np.int64]:
+    """`memory`, or more if it has not so many words."""
+    return memory if len(memory) >= words else np.empty(2 * words, np.int64)
 
 
 def _cores() -> int:

@@ -151,8 +151,13 @@ class Tile:
         return product
 
     def _applied(self, which: int, product, factor):
-        divides = which != SCALE and self.M[which + DIVIDES]
-        return (self.builder.fdiv if divides else self.builder.fmul)(product, factor)
+        return applied(self.builder, self.M, which, product, factor)
+
+
+def applied(builder, M: Geometry, which: int, product, factor):
+    """`product` with a level of scale or minimum, which may divide."""
+    divides = which != SCALE and M[which + DIVIDES]
+    return (builder.fdiv if divides else builder.fmul)(product, factor)
 
 
 class Span:

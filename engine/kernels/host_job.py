@@ -22,14 +22,15 @@ TABLE, PLAN, UNQUANTISED = 72, 80, 88
 record and tile), how many there are; addresses of the activations [T, in], of the result [A, out]
 and of scratch [A, inner], and the bytes of a row of that. At TABLE is the address of its tables.
 Where activations are int8, PLAN is the address of what `int8_tasks` must know, HIDDEN and INNER are
-rows of blocks, and UNQUANTISED is where the activations are; else both are 0."""
+rows of blocks (or panels, one for each row of the table, and INNER_STRIDE the bytes of one), and
+UNQUANTISED is where the activations are; else both are 0."""
 JOB_WORDS = 12
 
 ADDRESS, BEGIN, END, DONE = 0, 8, 16, 64
 TABLE_ROW = 128
 """Bytes into a record's row of the table: where it is, which of the sorted assignments are its own,
 and (apart, as threads write it) how many of its first tasks are done. After all rows there are the
-sorted assignments, a pair each: assignment, token."""
+sorted assignments, a pair each: row of the result, token."""
 
 
 @njit("int64(int64, int64)", cache=True)
@@ -78,12 +79,46 @@ def perform() -> Any:
     return cfunc("void(int64, int64)", cache=True)(_perform)
 
 
-@njit("boolean(int64[::1], int64)", cache=True)
+@njit("int64(int64[::1], int64)", cache=True)
 def _uses(which, record):
+    """How many assignments are of a record."""
+    count = 0
     for found in which:
-        if found == record:
-            return True
-    return False
+        count += found == record
+    return count
+
+
+@njit(
+    "int64(int64[::1], int64[::1], int64, int64[::1], int64[::1], int64, int64[::1])",
+    nogil=True,
+    cache=True,
+)
+def arrange_parts(addresses, tokens, most_tokens, which, rows, most, table):
+    """As `arrange`, with a row of the table for each `most` assignments of a record.
+
+    Results go to `rows`, one for each assignment, or in their order if that is empty.
+    """
+    for a in range(len(which)):
+        if not (0 <= which[a] < len(addresses) and 0 <= tokens[a] < most_tokens):
+            return -1
+    used = 0
+    for record in range(len(addresses)):
+        used += (_uses(which, record) + most - 1) // most
+    pairs, row, place = used * TABLE_ROW // 8, -TABLE_ROW // 8, 0
+    for record in range(len(addresses)):
+        count = 0
+        for a in range(len(which)):
+            if which[a] != record:
+                continue
+            if count % most == 0:
+                row += TABLE_ROW // 8
+                table[row + ADDRESS // 8], table[row + DONE // 8] = addresses[record], 0
+                table[row + BEGIN // 8] = place
+            table[pairs + 2 * place] = rows[a] if len(rows) else a
+            table[pairs + 2 * place + 1] = tokens[a]
+            count, place = count + 1, place + 1
+            table[row + END // 8] = place
+    return used
 
 
 @njit("int64(int64[::1], int64[::1], int64, int64[::1], int64[::1])", nogil=True, cache=True)
@@ -93,23 +128,4 @@ def arrange(addresses, tokens, most_tokens, which, table):
     Assignments of a record stay in their order. −1 where one is of a record or a token that there
     is not.
     """
-    row = 0
-    for a in range(len(which)):
-        if not (0 <= which[a] < len(addresses) and 0 <= tokens[a] < most_tokens):
-            return -1
-    for record in range(len(addresses)):
-        if _uses(which, record):
-            table[row + ADDRESS // 8], table[row + DONE // 8] = addresses[record], 0
-            row += TABLE_ROW // 8
-    used, pairs, row, place = row * 8 // TABLE_ROW, row, 0, 0
-    for record in range(len(addresses)):
-        if not _uses(which, record):
-            continue
-        table[row + BEGIN // 8] = place
-        for a in range(len(which)):
-            if which[a] == record:
-                table[pairs + 2 * place], table[pairs + 2 * place + 1] = a, tokens[a]
-                place += 1
-        table[row + END // 8] = place
-        row += TABLE_ROW // 8
-    return used
+    return arrange_parts(addresses, tokens, most_tokens, which, which[:0], len(which) + 1, table)

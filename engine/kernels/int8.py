@@ -1,4 +1,4 @@
-"""Products of few tokens with int8 activations on the CPU: for which matrices there are any."""
+"""Products with int8 activations on the CPU: for which matrices there are any."""
 
 from tierrun.engine.kernels.geometry import (
     DIVIDES,
@@ -18,8 +18,8 @@ from tierrun.engine.kernels.geometry import (
     is_dense,
 )
 
-MOST_TOKENS = 8
-"""With more, weights are better expanded once into a tile that stays in cache."""
+FEW_TOKENS = 8
+"""With more, codes are unpacked once for a panel of them (`int8_panel`): bits are the same."""
 
 
 def obstacle(M: Geometry) -> str | None:

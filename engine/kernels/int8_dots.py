@@ -145,7 +145,7 @@ class Dots:
     def _looked_up(self, words, book: Sequence[int]):
         """Each byte (0 … 15) of `words` as an index into `book`."""
         count = 4 * self.lanes.count
-        if self.way == PLAIN:
+        if self.way == PLAIN or self.lanes.count == 1:
             return self._selected(words, book)
         entries = [book[lane % 16] & 255 for lane in range(count)]
         table = ir.Constant(ir.VectorType(BYTE, count), entries)

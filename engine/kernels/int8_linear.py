@@ -1,4 +1,4 @@
-"""Products of one packed matrix with a few tokens on the CPU, activations as int8."""
+"""Products of one packed matrix on the CPU, activations as int8."""
 
 import os
 from functools import lru_cache
@@ -11,7 +11,7 @@ from tierrun.engine.codecs.codec import Codec
 from tierrun.engine.codecs.packed import Packed
 from tierrun.engine.codecs.planes import TILE_ROWS
 from tierrun.engine.kernels.geometry import COLUMNS, ROWS, Geometry, packed_geometry
-from tierrun.engine.kernels.int8 import MOST_TOKENS, obstacle
+from tierrun.engine.kernels.int8 import FEW_TOKENS, obstacle
 from tierrun.io.errors import StoreError
 
 if TYPE_CHECKING:
@@ -35,16 +35,16 @@ class Int8Linear:
         self._workers: Workers | None = None
         self._rows = np.empty(0, np.int64)
 
-    def takes(self, weight: Packed, tokens: int) -> bool:
-        """Whether there are kernels for so many tokens times `weight`."""
-        return 0 < tokens <= MOST_TOKENS and _matrix(weight) is not None
+    def takes(self, weight: Packed) -> bool:
+        """Whether there are kernels for `weight`."""
+        return _matrix(weight) is not None
 
     def __call__(self, x: torch.Tensor, weight: Packed) -> torch.Tensor:
         """`x` fp32 [n, in], inputs in the stored order, times `weight` [out, in]: [n, out].
 
         A row of the result depends on its row of `x` and on `weight` only.
         """
-        from tierrun.engine.kernels import int8_tasks, workers
+        from tierrun.engine.kernels import int8_many, int8_tasks, workers
 
         found = _matrix(weight)
         assert found is not None, "never asked whether it takes this"
@@ -52,29 +52,46 @@ class Int8Linear:
         if self._workers is None:
             self._workers = workers.workers(self._threads)
         x, y = x.contiguous(), x.new_empty(len(x), geometry[ROWS])
-        rows = self._quantised(x, geometry[COLUMNS])
-        tiles = max(1, _TASK_WEIGHTS // (TILE_ROWS * geometry[COLUMNS]))
+        few = len(x) <= FEW_TOKENS
+        rows = self._room(len(x), geometry[COLUMNS], few=few)
+        code = int8_tasks.tile_function if few else int8_tasks.panel_function
+        each = max(1, _TASK_WEIGHTS // (TILE_ROWS * geometry[COLUMNS])) if few else 1
         job = np.array(
             [
-                *(int8_tasks.tile_function(geometry), matrix.ctypes.data, weight.data.data_ptr()),
-                *(len(x), rows.ctypes.data, y.data_ptr(), tiles),
+                *(code(geometry), matrix.ctypes.data, weight.data.data_ptr()),
+                *(len(x), rows.ctypes.data, y.data_ptr(), each, x.data_ptr()),
             ],
             np.int64,
         )
-        tasks = -(-geometry[ROWS] // (TILE_ROWS * tiles))
-        self._workers.run(int8_tasks.linear().address, job.ctypes.data, tasks)
+        if few:
+            _quantise(x, rows.ctypes.data)
+            multiply = int8_tasks.linear()
+        else:
+            quantise, multiply = int8_many.linear()
+            slices = -(-len(x) // int8_many.SLICE)
+            self._workers.run(quantise.address, job.ctypes.data, slices)
+        tasks = -(-geometry[ROWS] // (TILE_ROWS * each))
+        self._workers.run(multiply.address, job.ctypes.data, tasks)
         return y
 
-    def _quantised(self, x: torch.Tensor, columns: int) -> "NDArray[np.int64]":
-        from tierrun.engine.kernels import int8_rows
+    def _room(self, tokens: int, columns: int, *, few: bool) -> "NDArray[np.int64]":
+        """Memory for rows of blocks of a few tokens, or for panels."""
+        from tierrun.engine.kernels.int8_rows import PANEL, panel_bytes, row_bytes
 
-        nbytes = int8_rows.row_bytes(columns)
-        if self._rows.nbytes < len(x) * nbytes:
-            self._rows = np.empty(len(x) * nbytes // 8, np.int64)
-        for row in range(len(x)):
-            source, target = x.data_ptr() + 4 * columns * row, self._rows.ctypes.data + nbytes * row
-            int8_rows.quantise_row(source, columns, target)
+        nbytes = row_bytes(columns) * tokens if few else panel_bytes(columns) * -(-tokens // PANEL)
+        if self._rows.nbytes < nbytes:
+            self._rows = np.empty(nbytes // 8, np.int64)
         return self._rows
+
+
+def _quantise(x: torch.Tensor, target: int) -> None:
+    """Rows of blocks at `target` of a few tokens."""
+    from tierrun.engine.kernels import int8_rows
+
+    columns = x.shape[1]
+    nbytes = int8_rows.row_bytes(columns)
+    for row in range(len(x)):
+        int8_rows.quantise_row(x.data_ptr() + 4 * columns * row, columns, target + nbytes * row)
 
 
 def _matrix(weight: Packed) -> "tuple[Geometry, NDArray[np.int64]] | None":

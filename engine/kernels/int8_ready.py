@@ -43,12 +43,15 @@ class Int8Ready:
     def _run(self, geometries: list[Geometry]) -> None:
         started = time.perf_counter()
         try:
-            from tierrun.engine.kernels import int8_tasks
+            from tierrun.engine.kernels import int8_many, int8_tasks
 
             for geometry in geometries:
                 int8_tasks.tile_function(geometry)
-            int8_tasks.linear()
-            int8_tasks.tasks(0, 0)
+                int8_tasks.panel_function(geometry)
+            for module in (int8_tasks, int8_many):
+                module.linear()
+                module.tasks(0, 0)
+            int8_many.prepare()
         except BaseException as error:  # to be raised where somebody waits
             self._error = error
         log.debug("the CPU's kernels were ready in %.1f s", time.perf_counter() - started)

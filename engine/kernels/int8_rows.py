@@ -4,8 +4,8 @@
     x[k] ≈ code[k] · scale,    scale = max |x| / 127
 
 A block is 48 bytes: 32 codes (−127 … 127), the scale (fp32), the sums of codes 0 … 15 and 16 … 31
-(int32), four bytes unused. One kind of row serves every codec. Where an activation is not finite
-the scale is NaN, and so is every product.
+(int32), the sum of all times the scale (fp32). One kind of block serves every codec. Where an
+activation is not finite the scale is NaN, and so is every product.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ from tierrun.engine.kernels.native import at, put_real, real, stack
 
 BLOCK = 32
 BLOCK_BYTES = 48
-SCALE, SUMS = 32, 36
+SCALE, SUMS, SCALED_SUM = 32, 36, 44
 """Bytes into a block."""
 
 ZERO = np.float32(0)
@@ -55,12 +55,17 @@ def _quantise(builder, source, target) -> None:
     codes = _called(builder, f"llvm.fptosi.sat.{kind}", lanes.kind(I32), [rounded])
     codes = _clamped(lanes, codes)
     store(builder, builder.trunc(codes, lanes.kind(BYTE)), target, 0)
-    store(builder, builder.fadd(scale, spoilt), target, SCALE)
+    scale = builder.fadd(scale, spoilt)
+    store(builder, scale, target, SCALE)
+    sums = []
     for half in range(2):
         order = ir.Constant(ir.VectorType(I32, 16), list(range(16 * half, 16 * half + 16)))
         some = builder.shuffle_vector(codes, codes, order)
         added = _called(builder, "llvm.vector.reduce.add.v16i32", I32, [some])
         store(builder, added, target, SUMS + 4 * half)
+        sums.append(added)
+    both = builder.sitofp(builder.add(*sums), F32)
+    store(builder, builder.fmul(scale, both), target, SCALED_SUM)
 
 
 def _clamped(lanes: Lanes, codes):
@@ -88,21 +93,53 @@ def store(builder, value, pointer, offset: int) -> None:
     builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=1)
 
 
+@njit("void(int64, int64, int64, int64)", nogil=True, cache=True)
+def _quantise_part(source, columns, number, target):
+    """Block `number` of `columns` fp32 numbers at `source`; the last one is filled with 0."""
+    first = BLOCK * number
+    if columns >= first + BLOCK:
+        quantise_block(source + 4 * first, target)
+        return
+    part = stack(_FP32_BYTES)
+    for k in range(BLOCK):
+        put_real(part + 4 * k, real(source + 4 * (first + k)) if first + k < columns else ZERO)
+    quantise_block(part, target)
+
+
 @njit("void(int64, int64, int64)", nogil=True, cache=True)
 def quantise_row(source, columns, target):
-    """`columns` fp32 numbers at `source` to blocks at `target`; the last one is filled with 0."""
-    whole = columns // BLOCK
-    for i in range(whole):
-        quantise_block(source + 4 * BLOCK * i, target + BLOCK_BYTES * i)
-    if columns > BLOCK * whole:
-        last = stack(_FP32_BYTES)
-        for k in range(BLOCK):
-            inside = BLOCK * whole + k < columns
-            put_real(last + 4 * k, real(source + 4 * (BLOCK * whole + k)) if inside else ZERO)
-        quantise_block(last, target + BLOCK_BYTES * whole)
+    """`columns` fp32 numbers at `source` to blocks at `target`, side by side."""
+    for number in range((columns + BLOCK - 1) // BLOCK):
+        _quantise_part(source, columns, number, target + BLOCK_BYTES * number)
 
 
 @njit("int64(int64)", nogil=True, cache=True)
 def row_bytes(columns):
     """Of a row of so many inputs."""
     return (columns + BLOCK - 1) // BLOCK * BLOCK_BYTES
+
+
+PANEL, CHUNK = 96, 8
+"""Tokens of a panel, a multiple of what any machine takes at once, and a token's blocks that are
+side by side."""
+CHUNK_BYTES = CHUNK * BLOCK_BYTES
+
+
+@njit("int64(int64)", nogil=True, cache=True)
+def panel_bytes(columns):
+    """Of a panel: of rows of so many inputs chunk by chunk, in a chunk token by token."""
+    return (columns + BLOCK * CHUNK - 1) // (BLOCK * CHUNK) * PANEL * CHUNK_BYTES
+
+
+@njit("int64(int64, int64)", nogil=True, cache=True)
+def panel_block(token, number):
+    """Where in a panel a token's block is."""
+    chunk, within = number // CHUNK, number % CHUNK
+    return (chunk * PANEL + token) * CHUNK_BYTES + within * BLOCK_BYTES
+
+
+@njit("void(int64, int64, int64, int64)", nogil=True, cache=True)
+def quantise_into(source, columns, panel, token):
+    """`columns` fp32 numbers at `source` to the blocks of one token of the panel at `panel`."""
+    for number in range((columns + BLOCK - 1) // BLOCK):
+        _quantise_part(source, columns, number, panel + panel_block(token, number))

@@ -8,6 +8,7 @@ One function is compiled for each codec; what is here is compiled once, and is t
 import hashlib
 import logging
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tierrun.engine.kernels import (
     host_codes,
     host_product,
     int8_dots,
+    int8_panel,
     int8_rows,
     int8_tile,
     lanes,
@@ -50,6 +52,7 @@ from tierrun.engine.kernels.host_tasks import Tasks, bias_at
 from tierrun.engine.kernels.int8 import obstacle
 from tierrun.engine.kernels.int8_dots import WAYS, Way, possible
 from tierrun.engine.kernels.int8_gates import gated_block
+from tierrun.engine.kernels.int8_panel import panel_dots
 from tierrun.engine.kernels.int8_rows import (
     BLOCK_BYTES,
     ZERO,
@@ -67,12 +70,12 @@ log = logging.getLogger(__name__)
 _TILE_BYTES = 4 * TILE_ROWS * TOGETHER
 _THREE_TILES, _ROW_BYTES, _INPUT_BYTES = 3 * _TILE_BYTES, 4 * TILE_ROWS, 8 * TOGETHER
 
-_CODE, _MATRIX, _AT, _BIAS, _BIAS_AT = 0, 8, 16, 24, 32
-_OPERAND_WORDS = 5
+_CODE, MATRIX, AT, _BIAS, _BIAS_AT, PANEL_CODE = 0, 8, 16, 24, 32, 40
+_OPERAND_WORDS = 6
 """Bytes into an operand: the address of its tile function, of its geometry, where in a record the
-matrix is, what its bias consists of (0: none) and where that is."""
-_FIRST, _DOWN, _GATE, _INTERLEAVED, _ALPHA, _LIMIT = 0, 40, 80, 88, 96, 104
-PLAN_WORDS = 14
+matrix is, what its bias consists of (0: none) and where that is; its panel function."""
+FIRST, DOWN, _GATE, _INTERLEAVED, _ALPHA, _LIMIT = 0, 48, 96, 104, 112, 120
+PLAN_WORDS = 16
 """Bytes into a plan: two operands, then the gate; its two numbers are fp32."""
 
 
@@ -92,18 +95,27 @@ def tile_function(M: Geometry, way: Way | None = None) -> int:
     Raises:
         ValueError: there is an `obstacle`.
     """
+    return _address(M, way, _tile)
+
+
+def panel_function(M: Geometry, way: Way | None = None) -> int:
+    """The same of what computes tiles for many tokens; see `int8_panel.panel_dots`."""
+    return _address(M, way, _panel)
+
+
+def _address(M: Geometry, way: Way | None, make: Callable[..., Any]) -> int:
     if (reason := obstacle(M)) is not None:
         raise ValueError(f"no int8 kernel for {reason}")
-    address: int = _compiled(without_shape(M), WAYS.index(way or best_way())).address
+    address: int = _compiled(make, without_shape(M), WAYS.index(way or best_way())).address
     return address
 
 
 @lru_cache
-def _compiled(general: Geometry, way: int) -> Any:
+def _compiled(make: Callable[..., Any], general: Geometry, way: int) -> Any:
     """Kept on disk under its constants: numbers only, the digest of the sources among them."""
     started = time.perf_counter()
     found = cfunc("void(int64, int64, int64, int64, int64, int64)", cache=True)(
-        _tile(general, way, _digest())
+        make(general, way, _digest())
     )
     if found.cache_hits == 0:
         seconds = time.perf_counter() - started
@@ -114,8 +126,9 @@ def _compiled(general: Geometry, way: int) -> Any:
 @lru_cache
 def _digest() -> int:
     """Of the sources of all that emits a tile function."""
-    kernels = (geometry, host_codes, host_product, int8_dots, int8_rows, int8_tile, lanes, native)
-    text = b"".join(Path(str(m.__file__)).read_bytes() for m in (codec, planes, *kernels))
+    dots = (int8_dots, int8_panel, int8_rows, int8_tile)
+    kernels = (codec, planes, geometry, host_codes, host_product, *dots, lanes, native)
+    text = b"".join(Path(str(module.__file__)).read_bytes() for module in kernels)
     return int.from_bytes(hashlib.sha256(text).digest()[:6])
 
 
@@ -125,6 +138,14 @@ def _tile(M: Geometry, WAY: int, DIGEST: int) -> Any:
             tile_dots(M, WAY, matrix, base, number, count, inputs, out)
 
     return tile
+
+
+def _panel(M: Geometry, WAY: int, DIGEST: int) -> Any:
+    def panel(matrix, base, number, count, inputs, out):
+        if DIGEST:
+            panel_dots(M, WAY, matrix, base, number, count, inputs, out)
+
+    return panel
 
 
 class Plan:
@@ -146,19 +167,22 @@ class Plan:
 def _operand(operand: Operand, shape: NDArray[np.int64]) -> tuple[int, ...]:
     bias = operand.bias
     kind, offset = (0, 0) if bias is None else (DTYPE_KINDS[bias.dtype], bias.offset)
-    return tile_function(operand.matrix), shape.ctypes.data, operand.offset, kind, offset
+    code, panels = tile_function(operand.matrix), panel_function(operand.matrix)
+    return code, shape.ctypes.data, operand.offset, kind, offset, panels
 
 
 @njit("int64(int64)", cache=True)
-def _tiles(rows):
+def tiles(rows):
+    """Of so many rows."""
     return (rows + TILE_ROWS - 1) // TILE_ROWS
 
 
 @njit("void(int64, int64, int64, int64, int64, int64)", cache=True)
 def _multiply(operand, base, tile, count, inputs, sums):
-    """One tile of an operand of the record at `base`."""
-    matrix = word(operand + _MATRIX)
-    call_six(word(operand + _CODE), matrix, base + word(operand + _AT), tile, count, inputs, sums)
+    """One tile of an operand of the record at `base`, if there is such a tile."""
+    matrix, start = word(operand + MATRIX), base + word(operand + AT)
+    if tile < tiles(word(matrix + 8 * ROWS)):
+        call_six(word(operand + _CODE), matrix, start, tile, count, inputs, sums)
 
 
 @njit("void(int64, int64, int64, int64, int64)", cache=True)
@@ -172,81 +196,99 @@ def _add_bias(operand, base, first, rows, sums):
 
 
 @njit("void(int64, int64, int64, int64)", cache=True)
-def _join(sums, token, shift, ups):
-    """32 ups of a token that begin `shift` rows within the first of two tiles at `sums`."""
+def _join(sums, apart, shift, ups):
+    """32 ups of a token, which begin `shift` rows within the first of two tiles `apart`."""
     for r in range(TILE_ROWS):
         tile, lane = (r + shift) // TILE_ROWS, (r + shift) % TILE_ROWS
-        put_real(ups + 4 * r, real(sums + tile * _TILE_BYTES + 4 * (TILE_ROWS * token + lane)))
+        put_real(ups + 4 * r, real(sums + tile * apart + 4 * lane))
+
+
+@njit("UniTuple(int64, 4)(int64, int64)", cache=True)
+def tiles_of(plan, tile):
+    """What 32 activations need: the tiles of their gates and of their ups, by how many rows the
+    latter begin within a tile (then two of them are needed), and how many of the 32 there are.
+    """
+    width = word(word(plan + FIRST + MATRIX) + 8 * ROWS) // 2
+    rows = min(TILE_ROWS, width - TILE_ROWS * tile)
+    if word(plan + _INTERLEAVED) != 0:
+        return 2 * tile, 2 * tile + 1, 0, rows
+    return tile, tile + width // TILE_ROWS, width % TILE_ROWS, rows
+
+
+@njit("void(int64, int64, int64, int64, int64, int64)", cache=True)
+def activate(plan, base, tile, sums, apart, target):
+    """The block at `target` of 32 activations, from one token's `sums`, whose tiles are `apart`."""
+    _, _, shift, rows = tiles_of(plan, tile)
+    operand, interleaved = plan + FIRST, word(plan + _INTERLEAVED) != 0
+    block, joined = stack(_ROW_BYTES), stack(_ROW_BYTES)
+    ups = sums + apart
+    if shift != 0:
+        _join(ups, apart, shift, joined)
+        ups = joined
+    if interleaved:
+        first = 2 * TILE_ROWS * tile
+        _add_bias(operand, base, first, min(rows * 2, TILE_ROWS), sums)
+        _add_bias(operand, base, first + TILE_ROWS, max(rows * 2 - TILE_ROWS, 0), ups)
+    else:
+        width = word(word(operand + MATRIX) + 8 * ROWS) // 2
+        _add_bias(operand, base, TILE_ROWS * tile, rows, sums)
+        _add_bias(operand, base, width + TILE_ROWS * tile, rows, ups)
+    alpha, limit = real(plan + _ALPHA), real(plan + _LIMIT)
+    gated_block(sums, ups, interleaved, word(plan + _GATE), alpha, limit, block)
+    for r in range(rows, TILE_ROWS):
+        put_real(block + 4 * r, ZERO)
+    quantise_block(block, target)
+
+
+@njit("void(int64, int64, int64, int64, int64)", cache=True)
+def put_rows(job, base, tile, place, sums):
+    """32 rows of down, and their bias, into the result of the assignment sorted at `place`."""
+    operand = word(job + PLAN) + DOWN
+    width = word(word(operand + MATRIX) + 8 * ROWS)
+    rows, to = min(TILE_ROWS, width - TILE_ROWS * tile), 4 * width * word(pair(job, place))
+    _add_bias(operand, base, TILE_ROWS * tile, rows, sums)
+    for r in range(rows):
+        put_real(word(job + OUT) + to + 4 * (TILE_ROWS * tile + r), real(sums + 4 * r))
 
 
 def _first(job, record, tile):
-    """32 gates and ups of a record, and the activation: a block for each of its tokens.
-
-    Where ups lie apart from gates they may begin within a tile (SHIFT): then 32 are in two.
-    """
+    """32 gates and ups of a record, and the activation: a block for each of its tokens."""
     row, plan = word(job + TABLE) + record * TABLE_ROW, word(job + PLAN)
-    base, end, operand = word(row + ADDRESS), word(row + END), plan + _FIRST
-    matrix = word(operand + _MATRIX)
-    width, tiles = word(matrix + 8 * ROWS) // 2, _tiles(word(matrix + 8 * ROWS))
-    interleaved, kind = word(plan + _INTERLEAVED) != 0, word(plan + _GATE)
-    alpha, limit = real(plan + _ALPHA), real(plan + _LIMIT)
-    inputs, sums, block = stack(_INPUT_BYTES), stack(_THREE_TILES), stack(_ROW_BYTES)
-    joined = stack(_ROW_BYTES)
-    gates, ups, shift = tile, tile + width // TILE_ROWS, width % TILE_ROWS
-    if interleaved:
-        gates, ups, shift = 2 * tile, 2 * tile + 1, 0
-    rows = min(TILE_ROWS, width - TILE_ROWS * tile)
+    base, end, operand = word(row + ADDRESS), word(row + END), plan + FIRST
+    matrix = word(operand + MATRIX)
+    inputs, sums = stack(_INPUT_BYTES), stack(_THREE_TILES)
+    gates, ups, shift, _ = tiles_of(plan, tile)
     for start in range(word(row + BEGIN), end, TOGETHER):
         count = min(TOGETHER, end - start)
         find_hidden(job, start, count, row_bytes(word(matrix + 8 * COLUMNS)), inputs)
         _multiply(operand, base, gates, count, inputs, sums)
-        if ups < tiles:
-            _multiply(operand, base, ups, count, inputs, sums + _TILE_BYTES)
-        if shift != 0 and ups + 1 < tiles:
+        _multiply(operand, base, ups, count, inputs, sums + _TILE_BYTES)
+        if shift != 0:
             _multiply(operand, base, ups + 1, count, inputs, sums + 2 * _TILE_BYTES)
         for i in range(count):
-            at_gates = sums + 4 * TILE_ROWS * i
-            at_ups = at_gates + _TILE_BYTES
-            if shift != 0:
-                at_ups = joined
-                _join(sums + _TILE_BYTES, i, shift, joined)
-            if interleaved:
-                _add_bias(operand, base, 2 * TILE_ROWS * tile, min(rows * 2, TILE_ROWS), at_gates)
-                left = max(rows * 2 - TILE_ROWS, 0)
-                _add_bias(operand, base, 2 * TILE_ROWS * tile + TILE_ROWS, left, at_ups)
-            else:
-                _add_bias(operand, base, TILE_ROWS * tile, rows, at_gates)
-                _add_bias(operand, base, width + TILE_ROWS * tile, rows, at_ups)
-            gated_block(at_gates, at_ups, interleaved, kind, alpha, limit, block)
-            for r in range(rows, TILE_ROWS):
-                put_real(block + 4 * r, ZERO)
             to = word(job + INNER) + (start + i) * word(job + INNER_STRIDE)
-            quantise_block(block, to + BLOCK_BYTES * tile)
+            of_token = sums + 4 * TILE_ROWS * i
+            activate(plan, base, tile, of_token, _TILE_BYTES, to + BLOCK_BYTES * tile)
 
 
 def _down(job, record, tile):
     """32 rows of down for a record's tokens."""
-    row, plan = word(job + TABLE) + record * TABLE_ROW, word(job + PLAN)
-    base, end, operand = word(row + ADDRESS), word(row + END), plan + _DOWN
-    width = word(word(operand + _MATRIX) + 8 * ROWS)
+    row, operand = word(job + TABLE) + record * TABLE_ROW, word(job + PLAN) + DOWN
+    base, end = word(row + ADDRESS), word(row + END)
     inputs, sums = stack(_INPUT_BYTES), stack(_TILE_BYTES)
     for start in range(word(row + BEGIN), end, TOGETHER):
         count = min(TOGETHER, end - start)
         find_inner(job, start, count, inputs)
         _multiply(operand, base, tile, count, inputs, sums)
         for i in range(count):
-            to = word(job + OUT) + 4 * width * word(pair(job, start + i))
-            rows, found = min(TILE_ROWS, width - TILE_ROWS * tile), sums + 4 * TILE_ROWS * i
-            _add_bias(operand, base, TILE_ROWS * tile, rows, found)
-            for r in range(rows):
-                put_real(to + 4 * (TILE_ROWS * tile + r), real(found + 4 * r))
+            put_rows(job, base, tile, start + i, sums + 4 * TILE_ROWS * i)
 
 
 def tasks(inner: int, outer: int) -> Tasks:
     """The tasks of every layout, with the tiles of one of these widths."""
     first, down = _functions()
-    tiles = -(-inner // TILE_ROWS), -(-outer // TILE_ROWS)
-    return Tasks(first.address, down.address, *tiles, (first, down))
+    numbers = -(-inner // TILE_ROWS), -(-outer // TILE_ROWS)
+    return Tasks(first.address, down.address, *numbers, (first, down))
 
 
 @lru_cache
@@ -261,25 +303,24 @@ def prepare(job, tokens):
     """Quantise the activations of a job, of so many tokens, if it is one of int8."""
     plan = word(job + PLAN)
     if plan != 0:
-        columns = word(word(plan + _FIRST + _MATRIX) + 8 * COLUMNS)
+        columns = word(word(plan + FIRST + MATRIX) + 8 * COLUMNS)
         for token in range(tokens):
             source = word(job + UNQUANTISED) + 4 * columns * token
             quantise_row(source, columns, word(job + HIDDEN) + row_bytes(columns) * token)
 
 
-L_CODE, L_MATRIX, L_BASE, L_TOKENS, L_ROWS, L_OUT, L_TILES = 0, 8, 16, 24, 32, 40, 48
+L_CODE, L_MATRIX, L_BASE, L_TOKENS, L_ROWS, L_OUT, L_TILES, L_INPUT = 0, 8, 16, 24, 32, 40, 48, 56
 """Bytes into the job of one matrix: its tile function, geometry and bytes by address; tokens, their
-rows of blocks and of results [tokens, out] by address; tiles of a task."""
-LINEAR_WORDS = 7
+rows of blocks and of results [tokens, out] by address; tiles of a task; where the activations are.
+For many tokens the function is that of panels, and panels are where else rows of blocks are."""
 
 
 def _linear(job, task):
     """Some tiles of one matrix for all tokens."""
-    matrix, tokens, tiles = word(job + L_MATRIX), word(job + L_TOKENS), word(job + L_TILES)
+    matrix, tokens, each = word(job + L_MATRIX), word(job + L_TOKENS), word(job + L_TILES)
     width, stride = word(matrix + 8 * ROWS), row_bytes(word(matrix + 8 * COLUMNS))
     inputs, sums = stack(_INPUT_BYTES), stack(_TILE_BYTES)
-    last = min(tiles * (task + 1), _tiles(width))
-    for tile in range(tiles * task, last):
+    for tile in range(each * task, min(each * (task + 1), tiles(width))):
         for start in range(0, tokens, TOGETHER):
             count = min(TOGETHER, tokens - start)
             for i in range(TOGETHER):

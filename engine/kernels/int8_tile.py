@@ -15,6 +15,8 @@ and, where the levels of scale and minimum are two, at the end of each group of 
 So the bits depend on neither machine nor way, threads nor batches.
 """
 
+from typing import Any, NamedTuple
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -54,7 +56,7 @@ from tierrun.engine.kernels.geometry import (
 from tierrun.engine.kernels.host_codes import Tile
 from tierrun.engine.kernels.host_product import Product
 from tierrun.engine.kernels.int8_dots import PLAIN, WAYS, Codes, Dots, Way
-from tierrun.engine.kernels.int8_rows import BLOCK_BYTES, SUMS
+from tierrun.engine.kernels.int8_rows import BLOCK_BYTES, SCALED_SUM, SUMS
 from tierrun.engine.kernels.int8_rows import SCALE as X_SCALE
 from tierrun.engine.kernels.lanes import BYTE, F32, I32, I64, Lanes, offset_by
 from tierrun.engine.kernels.native import at
@@ -124,12 +126,12 @@ def tile_dots(typingctx, M, way, matrix, base, tile, count, inputs, out):
 def emit(product: Product, matrix, way: Way, count) -> None:
     """For one token, two or four; in a narrower last tile row by row."""
     builder = product.builder
-    shape = _Shape(builder, matrix)
+    shape = Shape(builder, matrix)
     first = builder.mul(product.tile, I64(TILE_ROWS))
     rows = builder.sub(shape[ROWS], first)
     with builder.if_else(builder.icmp_signed(">=", rows, I64(TILE_ROWS))) as (whole, narrow):
         with whole:
-            planes = _Planes(product, shape, I64(TILE_ROWS))
+            planes = Planes(product, shape, I64(TILE_ROWS))
             with builder.if_else(builder.icmp_signed("==", count, I64(1))) as (one, more):
                 with one:
                     _strips(product, planes, way, 1)
@@ -141,7 +143,7 @@ def emit(product: Product, matrix, way: Way, count) -> None:
                         with four:
                             _strips(product, planes, way, TOGETHER)
         with narrow:
-            planes = _Planes(product, shape, rows)
+            planes = Planes(product, shape, rows)
             with cgutils.for_range(builder, count) as tokens:
                 one_token = _for_token(product, tokens.index)
                 with cgutils.for_range(builder, rows) as loop:
@@ -156,17 +158,17 @@ def _for_token(product: Product, token) -> Product:
     return Product(builder, product.features, product.M, product.base, product.tile, inputs, out)
 
 
-def _strips(product: Product, planes: "_Planes", way: Way, tokens: int) -> None:
+def _strips(product: Product, planes: "Planes", way: Way, tokens: int) -> None:
     """A whole tile, a register's lanes at a time."""
     lanes = Lanes(product.builder, way.width)
     strips = [(I64(row), lanes) for row in range(0, TILE_ROWS, way.width)]
     _rows(product, planes, way, strips, tokens)
 
 
-def _rows(product: Product, planes: "_Planes", way: Way, strips, tokens: int) -> None:
+def _rows(product: Product, planes: "Planes", way: Way, strips, tokens: int) -> None:
     builder, M = product.builder, product.M
     x = product.activations(tokens)
-    made = [_Strip(product, planes, way, lanes, row, tokens) for row, lanes in strips]
+    made = [Strip(product, planes, way, lanes, row, tokens) for row, lanes in strips]
     columns = planes.shape[COLUMNS]
     whole = builder.udiv(columns, I64(SPAN))
     if not (groups := outer(M) // SPAN):
@@ -192,7 +194,7 @@ def _rows(product: Product, planes: "_Planes", way: Way, strips, tokens: int) ->
         strip.store()
 
 
-def _spans(strips: "list[_Strip]", first, last, x) -> None:
+def _spans(strips: "list[Strip]", first, last, x) -> None:
     """Whole spans, from number `first` up to `last`."""
     builder = strips[0].builder
     with cgutils.for_range(builder, builder.sub(last, first)) as loop:
@@ -201,22 +203,22 @@ def _spans(strips: "list[_Strip]", first, last, x) -> None:
         _span(strips, index, x, in_part=False)
 
 
-def _part(strips: "list[_Strip]", exists, index, x) -> None:
+def _part(strips: "list[Strip]", exists, index, x) -> None:
     """The last span, if it `exists` and has fewer inputs: activations of the others are 0."""
     with strips[0].builder.if_then(exists):
         _span(strips, index, x, in_part=True)
 
 
-def _span(strips: "list[_Strip]", index, x, *, in_part: bool) -> None:
+def _span(strips: "list[Strip]", index, x, *, in_part: bool) -> None:
     builder = strips[0].builder
     place = builder.mul(index, I64(BLOCK_BYTES))
-    blocks = [_Block(builder, offset_by(builder, row, place)) for row in x]
+    blocks = [Block(builder, offset_by(builder, row, place)) for row in x]
     for strip in strips:
         strip.in_part = in_part
         strip.add(index, blocks)
 
 
-class _Shape:
+class Shape:
     """The numbers of a geometry that are known at run time only, by their names."""
 
     def __init__(self, builder, matrix) -> None:
@@ -227,10 +229,10 @@ class _Shape:
         return self.builder.load(pointer, align=8)
 
 
-class _Planes:
+class Planes:
     """Where each plane of the product's tile begins; `rows` (int64) of it are side by side."""
 
-    def __init__(self, product: Product, shape: _Shape, rows) -> None:
+    def __init__(self, product: Product, shape: Shape, rows) -> None:
         self.builder, self.shape, self.rows = product.builder, shape, rows
         M = product.M
         self.units: dict[int, object] = {}
@@ -251,7 +253,7 @@ class _Planes:
         return offset_by(builder, product.base, builder.add(shape[offset], before))
 
 
-class _Block:
+class Block:
     """A block of one token's activations."""
 
     def __init__(self, builder, pointer) -> None:
@@ -267,16 +269,55 @@ class _Block:
         """The sum of the codes of a group, int32."""
         return self.builder.add(*self.sums) if inputs == SPAN else self.sums[start // _HALF_SPAN]
 
+    def correction(self, dots: Dots, start: int, inputs: int):
+        """What sums of products of a group begin with, int32; None for nothing."""
+        if not dots.offset:
+            return None
+        return self.builder.mul(self.sum_of(start, inputs), I32(-dots.offset))
+
+    def scaled_sum_of(self, start: int, inputs: int):
+        """The same times the scale, fp32."""
+        if inputs == SPAN:
+            return self._load(SCALED_SUM, F32)
+        return self.builder.fmul(self.scale, self.builder.sitofp(self.sum_of(start, inputs), F32))
+
     def _load(self, offset: int, kind):
         place = offset_by(self.builder, self.pointer, I64(offset))
         return self.builder.load(self.builder.bitcast(place, kind.as_pointer()), align=4)
 
 
-class _Strip(Tile):
+class Group(NamedTuple):
+    """A group of inputs from number `start` of a span on: its scale and negated zero point."""
+
+    lanes: Lanes
+    start: int
+    inputs: int
+    scale: Any
+    zero: Any
+
+    def add(self, place, found, block: Block) -> None:
+        """Add `found`, int32 of one token, to the sum at `place`."""
+        lanes, builder = self.lanes, self.lanes.builder
+        part = builder.sitofp(found, lanes.kind(F32))
+        if self.zero is not None:
+            codes = lanes.spread(block.sum_of(self.start, self.inputs))
+            part = lanes.fma(self.zero, builder.sitofp(codes, lanes.kind(F32)), part)
+        factor = lanes.spread(block.scale)
+        if self.scale is not None:
+            factor = builder.fmul(self.scale, factor)
+        accumulate(lanes, place, factor, part)
+
+
+def accumulate(lanes: Lanes, place, a, b) -> None:
+    """Add a · b to what is at `place`, rounded once."""
+    lanes.builder.store(lanes.fma(a, b, lanes.builder.load(place)), place)
+
+
+class Strip(Tile):
     """As many rows of a tile as there are lanes, from `row` (int64) on, and their sums."""
 
     def __init__(
-        self, product: Product, planes: _Planes, way: Way, lanes: Lanes, row, tokens: int
+        self, product: Product, planes: Planes, way: Way, lanes: Lanes, row, tokens: int
     ) -> None:
         super().__init__(lanes, product.M, product.base, product.tile)
         self.product, self.planes, self.row = product, planes, row
@@ -296,7 +337,7 @@ class _Strip(Tile):
         for place in self.blocks + self.below:
             self.builder.store(self.lanes.number(0.0), place)
 
-    def add(self, index, blocks: list[_Block]) -> None:
+    def add(self, index, blocks: list[Block]) -> None:
         """The groups of span number `index`."""
         first = self.builder.mul(index, I64(SPAN))
         words: dict[tuple[int, int], object] = {}
@@ -319,20 +360,17 @@ class _Strip(Tile):
                 call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
                 builder.call(call, [place, I32(0), I32(3), I32(1)])
 
-    def _dot(self, index, words, start: int, block: _Block):
+    def _dot(self, index, words, start: int, block: Block):
         """Σ number · code over a group of one token, int32."""
-        builder, dots = self.builder, self.dots
-        correction = None
-        if dots.offset:
-            correction = builder.mul(block.sum_of(start, self.M[GROUP]), I32(-dots.offset))
-        found = dots.start(correction)
+        dots = self.dots
+        found = dots.start(block.correction(dots, start, self.M[GROUP]))
         for k in range(start, start + self.M[GROUP], 4):
             if ("bytes", k) not in words:
-                words["bytes", k] = dots.bytes_of(self._codes(index, words, k))
+                words["bytes", k] = dots.bytes_of(self.codes_at(index, words, k))
             dots.add(found, words["bytes", k], block.four(k))
         return dots.finished(found)
 
-    def _codes(self, index, words, k: int):
+    def codes_at(self, index, words, k: int):
         """The codes of inputs `k` to `k` + 3 of a span, one in each byte."""
         M = self.M
         word, within = divmod(k, 32 // M[LOW])
@@ -365,25 +403,18 @@ class _Strip(Tile):
         place = builder.mul(builder.add(builder.mul(unit, planes.rows), self.row), I64(nbytes))
         return self.lanes.load(planes.starts[which], place, element, nbytes)
 
-    def _add_group(self, k, start: int, sums, blocks: list[_Block]) -> None:
-        builder, lanes = self.builder, self.lanes
-        scale = self._fine(SCALE, SCALE_2, k)
-        minimum = self._fine(MINIMUM, MINIMUM_2, k) if self.has(MINIMUM) else None
-        zero = builder.fneg(self.level(ZERO_POINT, k)) if self.has(ZERO_POINT) else None
+    def _add_group(self, k, start: int, sums, blocks: list[Block]) -> None:
+        scale = self.fine(SCALE, SCALE_2, k)
+        minimum = self.fine(MINIMUM, MINIMUM_2, k) if self.has(MINIMUM) else None
+        zero = self.builder.fneg(self.level(ZERO_POINT, k)) if self.has(ZERO_POINT) else None
+        group = Group(self.lanes, start, self.M[GROUP], scale, zero)
         for token, (found, block) in enumerate(zip(sums, blocks, strict=True)):
-            part = builder.sitofp(found, lanes.kind(F32))
-            below = builder.sitofp(block.sum_of(start, self.M[GROUP]), F32)
-            if zero is not None:
-                part = lanes.fma(zero, lanes.spread(below), part)
-            factor = lanes.spread(block.scale)
-            if scale is not None:
-                factor = builder.fmul(scale, factor)
-            self._accumulate(self.blocks[token], factor, part)
+            group.add(self.blocks[token], found, block)
             if minimum is not None:
-                below = builder.fmul(block.scale, below)
-                self._accumulate(self.below[token], minimum, lanes.spread(below))
+                below = self.lanes.spread(block.scaled_sum_of(start, self.M[GROUP]))
+                accumulate(self.lanes, self.below[token], minimum, below)
 
-    def _fine(self, which: int, second: int, k):
+    def fine(self, which: int, second: int, k):
         """The product of the levels that change within a span; None without any."""
         found = None
         for level in (which, second):
@@ -391,9 +422,6 @@ class _Strip(Tile):
                 value = self.level(level, k)
                 found = value if found is None else self._applied(level, found, value)
         return found
-
-    def _accumulate(self, place, a, b) -> None:
-        self.builder.store(self.lanes.fma(a, b, self.builder.load(place)), place)
 
     def fold(self, k) -> None:
         """A group of the second levels, which began with input `k`, ends."""
@@ -409,7 +437,7 @@ class _Strip(Tile):
         factor = self.level(level, k)
         factor = self.builder.fneg(factor) if negated else factor
         for place, to in zip(places, self.sums, strict=True):
-            self._accumulate(to, factor, self.builder.load(place))
+            accumulate(self.lanes, to, factor, self.builder.load(place))
 
     def store(self) -> None:
         """The sums go where the product wants them."""

@@ -79,11 +79,17 @@ def stack(typingctx, nbytes):
     count = nbytes.literal_value
 
     def codegen(context, builder, signature, arguments):
-        pointer = cgutils.alloca_once(builder, ir.ArrayType(BYTE, count))
-        pointer.align = 64
-        return builder.ptrtoint(pointer, I64)
+        return builder.ptrtoint(stacked(builder, count), I64)
 
     return types.int64(nbytes), codegen
+
+
+def stacked(builder, nbytes: int):
+    """A pointer to `nbytes` of the stack, on a cache line; numba's own would be filled with 0."""
+    with builder.goto_entry_block():
+        pointer = builder.alloca(ir.ArrayType(BYTE, nbytes))
+    pointer.align = 64
+    return pointer
 
 
 @intrinsic

@@ -1,5 +1,7 @@
 """int8 kernels: every way gives the bits of the plain one, and what that gives is right."""
 
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
@@ -14,14 +16,20 @@ from tierrun.engine.codecs.codec import find_codec
 from tierrun.engine.codecs.packed import Packed
 from tierrun.engine.codecs.planes import Fields, pack
 from tierrun.engine.gpu.activations import apply_gate
-from tierrun.engine.kernels import int8_tasks, int8_tile
+from tierrun.engine.kernels import int8_many, int8_panel, int8_tasks, int8_tile
 from tierrun.engine.kernels.geometry import packed_geometry
 from tierrun.engine.kernels.host_product import Product
-from tierrun.engine.kernels.int8 import MOST_TOKENS, obstacle
+from tierrun.engine.kernels.int8 import FEW_TOKENS, obstacle
 from tierrun.engine.kernels.int8_dots import AVX2, NEON, PLAIN, VNNI, VNNI_512, Way, possible
 from tierrun.engine.kernels.int8_gates import gated_block
 from tierrun.engine.kernels.int8_linear import Int8Linear
-from tierrun.engine.kernels.int8_rows import BLOCK, BLOCK_BYTES, quantise_row
+from tierrun.engine.kernels.int8_rows import (
+    BLOCK,
+    BLOCK_BYTES,
+    PANEL,
+    panel_bytes,
+    quantise_row,
+)
 from tierrun.engine.kernels.lanes import BYTE, I64
 from tierrun.engine.kernels.matvec import GATES, Gate
 from tierrun.engine.kernels.native import at
@@ -69,6 +77,26 @@ def multiply(packed: Packed, x: Rows, way: Way) -> Rows:
     return out
 
 
+def multiply_many(packed: Packed, x: Rows, way: Way, each: int = 1) -> Rows:
+    """The same by panels, `each` tiles at a time."""
+    rows, columns = packed.shape
+    geometry = packed_geometry(packed.codec, (rows, columns))
+    matrix, out = np.array(geometry, np.int64), np.full((len(x), rows), np.nan, np.float32)
+    panels = np.full(panel_bytes(columns) * -(-len(x) // PANEL), 0xFF, np.uint8)
+    job = np.array(
+        [
+            *(int8_tasks.panel_function(geometry, way), matrix.ctypes.data),
+            *(packed.data.data_ptr(), len(x), panels.ctypes.data, out.ctypes.data, each),
+            x.ctypes.data,
+        ],
+        np.int64,
+    )
+    quantise, linear = int8_many.linear()
+    workers(1).run(quantise.address, job.ctypes.data, -(-len(x) // int8_many.SLICE))
+    workers(1).run(linear.address, job.ctypes.data, -(-rows // (32 * each)))
+    return out
+
+
 def random_matrix(name: str, rows: int, columns: int, seed: int, *, largest: bool) -> Packed:
     """A random one; with `largest` its codes are the largest that there are."""
     codec = find_codec(name)
@@ -97,7 +125,7 @@ def test_there_are_kernels_for_all_but_fractions_of_eight_bits() -> None:
 @given(
     rows=st.sampled_from([2, 31, 32, 45, 96]),
     columns=st.sampled_from([32, 80, 96, 256, 344, 384, 518]),
-    tokens=st.integers(1, MOST_TOKENS),
+    tokens=st.integers(1, FEW_TOKENS),
     seed=st.integers(0, 1000),
     largest=st.booleans(),
 )
@@ -112,6 +140,27 @@ def test_every_way_gives_the_bits_of_the_plain_one(
     assert np.isfinite(wanted).all()
     for way in FAST:
         assert np.array_equal(multiply(packed, x, way), wanted), way
+
+
+@pytest.mark.parametrize("name", CODECS)
+@settings(max_examples=12, deadline=None)
+@given(
+    rows=st.sampled_from([2, 31, 32, 45, 96]),
+    columns=st.sampled_from([32, 80, 96, 256, 344, 384, 518]),
+    tokens=st.integers(1, PANEL + 10),
+    seed=st.integers(0, 1000),
+    largest=st.booleans(),
+)
+def test_panels_give_the_bits_of_few_tokens(
+    name: str, rows: int, columns: int, tokens: int, seed: int, largest: bool
+) -> None:
+    packed = random_matrix(name, rows, columns, seed, largest=largest)
+    x = random_rows(tokens, columns, seed)
+    if largest:
+        x = np.sign(x)
+    wanted = multiply(packed, x, PLAIN)
+    for way in (*FAST, PLAIN):
+        assert np.array_equal(multiply_many(packed, x, way, 1 + seed % 2), wanted), way
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -156,26 +205,35 @@ def test_what_is_not_finite_makes_products_nan(value: float) -> None:
     x[0, 40] = value
     packed = random_matrix("q4_k", 64, 64, 1, largest=False)
     for way in (*FAST, PLAIN):
-        found = multiply(packed, x, way)
-        assert np.isnan(found[0]).all() and np.isfinite(found[1]).all()
+        for found in (multiply(packed, x, way), multiply_many(packed, x, way)):
+            assert np.isnan(found[0]).all() and np.isfinite(found[1]).all()
 
 
 @pytest.mark.parametrize("name", ["q4_k", "q8_0", "mxfp4"])
 def test_a_row_depends_on_neither_threads_nor_other_rows(name: str) -> None:
     packed = random_matrix(name, 300, 256, 1, largest=False)
-    x = torch.from_numpy(random_rows(8, 256, 3))
+    x = torch.from_numpy(random_rows(12, 256, 3))
     alone = torch.cat([Int8Linear(1)(row[None], packed) for row in x])
     for threads in (1, 2):
         linear = Int8Linear(threads)
-        for tokens in range(1, 9):
+        for tokens in range(1, len(x) + 1):
             assert torch.equal(linear(x[:tokens], packed), alone[:tokens])
+
+
+@settings(max_examples=40, deadline=None)
+@given(cuts=st.lists(st.integers(0, 100), max_size=6), threads=st.integers(1, 2))
+def test_a_row_depends_on_no_split(cuts: list[int], threads: int) -> None:
+    packed, x = random_matrix("q5_k", 77, 344, 1, largest=False), random_rows(100, 344, 3)
+    rows, linear = torch.from_numpy(x), Int8Linear(threads)
+    parts = [part for part in torch.tensor_split(rows, sorted(cuts)) if len(part)]
+    found = torch.cat([linear(part, packed) for part in parts])
+    assert torch.equal(found, linear(rows, packed))
 
 
 def test_what_it_does_not_take() -> None:
     linear = Int8Linear(1)
-    assert linear.takes(random_matrix("q4_k", 32, 256, 1, largest=False), 8)
-    assert not linear.takes(random_matrix("q4_k", 32, 256, 1, largest=False), 9)
-    assert not linear.takes(random_matrix("fp8_row_f32", 32, 256, 1, largest=False), 1)
+    assert linear.takes(random_matrix("q4_k", 32, 256, 1, largest=False))
+    assert not linear.takes(random_matrix("fp8_row_f32", 32, 256, 1, largest=False))
     with pytest.raises(ValueError, match="no int8 kernel for numbers of eight bits"):
         int8_tasks.tile_function(packed_geometry(find_codec("fp8_row_f32"), (32, 64)))
 
@@ -221,8 +279,9 @@ INSTRUCTIONS = {
 
 
 @pytest.mark.parametrize("way", INSTRUCTIONS, ids=lambda way: way.name)
+@pytest.mark.parametrize("emitter", [int8_tile, int8_panel], ids=["few", "many"])
 @pytest.mark.parametrize("name", ["q4_k", "q8_0", "q6_k", "mxfp4", "iq4_nl"])
-def test_each_way_becomes_its_instructions(way: Way, name: str) -> None:
+def test_each_way_becomes_its_instructions(way: Way, name: str, emitter: ModuleType) -> None:
     """Compiled for machines that this one is not, too."""
     machine, features, wanted = INSTRUCTIONS[way]
     binding.initialize_all_targets()
@@ -234,7 +293,7 @@ def test_each_way_becomes_its_instructions(way: Way, name: str) -> None:
     matrix, base, tile, count, inputs, out = function.args
     general = int8_tile.without_shape(packed_geometry(find_codec(name), (64, 256)))
     product = Product(builder, frozenset(), general, at(builder, base, BYTE), tile, inputs, out)
-    int8_tile.emit(product, at(builder, matrix, I64), way, count)
+    emitter.emit(product, at(builder, matrix, I64), way, count)
     builder.ret_void()
     target = binding.Target.from_triple(f"{machine}-unknown-linux-gnu")
     made = target.create_target_machine(features=features, opt=3)
