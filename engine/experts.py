@@ -9,7 +9,7 @@ result does not depend on where an expert was.
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -26,6 +26,9 @@ from tierrun.io.store import Manifest
 from tierrun.tiers.ledger import LayerTiming, Ledger
 from tierrun.tiers.residency import Held, Lease, Residency
 from tierrun.tiers.tier import Tier
+
+if TYPE_CHECKING:
+    from tierrun.engine.host.experts import PresentExperts
 
 _hooks: "WeakKeyDictionary[nn.Module, ReferenceType[ExpertsHook]]" = WeakKeyDictionary()
 """Experts module → the hook of the engine it belongs to; keeps neither alive."""
@@ -60,9 +63,20 @@ class ExpertsHook:
         self._views: dict[tuple[str, int, int], Matrices] = {}
         self._last_end = time.perf_counter()
         self.usage = [torch.zeros(len(x.records), dtype=torch.int64) for x in manifest.layers]
+        self._present = self._present_experts()
         self.interrupted = False
         for module in self._layer_of:
             _hooks[module] = ref(self)
+
+    def _present_experts(self) -> "PresentExperts | None":
+        """A token's without a lease; where experts move between tiers, each is leased."""
+        if self._compiled is None or self._residency.placement.promotes:
+            return None
+        from tierrun.engine.host.experts import PresentExperts  # imports numba: a second
+
+        return PresentExperts(
+            self._compiled, self._residency, self._ledger, self.usage, self._lookahead
+        )
 
     def start_forward(self) -> None:
         """A forward pass begins: its first layer's resident time counts from here."""
@@ -76,6 +90,11 @@ class ExpertsHook:
         if self.interrupted:
             raise Interrupted
         layer = self._layer_of[module]
+        if self._present is not None:
+            y = self._present.compute(layer, hidden, top_k, weights)
+            if y is not None:
+                return y
+            self._last_end = self._present.keep_books(self._last_end)
         started, waited = time.perf_counter(), self._ledger.counters.wait_seconds
         reads = self._ledger.counters.cold
         self.usage[layer] += torch.bincount(top_k.flatten(), minlength=len(self.usage[layer]))
@@ -100,10 +119,12 @@ class ExpertsHook:
         )
         self._ledger.timings.append(timing)
         self._last_end = time.perf_counter()
-        return work.result()
+        return work.result(self._compiled if self._takes_few(layer, 1) else None)
 
     def end_forward(self, tokens: int) -> None:
         """The forward pass is over: what came after the last experts is resident compute too."""
+        if self._present is not None:
+            self._last_end = self._present.keep_books(self._last_end)
         step, resident = self._residency.placement.step, time.perf_counter() - self._last_end
         head = len(self._manifest.layers)
         self._ledger.timings.append(LayerTiming(step, head, tokens, resident, 0.0, 0.0, 0.0, 0))
@@ -196,8 +217,10 @@ class _LayerWork:
         y = theirs.post_expert_norm(y) if theirs.has_post_expert_norm else y
         self._outputs.flatten(0, 1)[places] = y
 
-    def result(self) -> torch.Tensor:
-        """The weighted sum over the top-k slots, [tokens, H]."""
+    def result(self, compiled: CompiledExperts | None) -> torch.Tensor:
+        """The weighted sum over the top-k slots, [tokens, H]; a token's as `compiled` takes it."""
+        if compiled is not None and len(self._hidden) == 1:
+            return compiled.weighted_sum(self._outputs[0], self._weights[0])
         weighted = self._outputs.mul_(self._weights[:, :, None])
         return weighted.sum(dim=1).to(self._hidden.dtype)
 

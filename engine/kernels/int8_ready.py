@@ -43,12 +43,13 @@ class Int8Ready:
     def _run(self, geometries: list[Geometry]) -> None:
         started = time.perf_counter()
         try:
-            from tierrun.engine.kernels import int8_tasks
+            from tierrun.engine.kernels import int8_tasks, token_ready
 
             for geometry in geometries:
                 int8_tasks.tile_function(geometry)
             int8_tasks.linear()
             int8_tasks.tasks(0, 0)
+            token_ready.compile_all()
         except BaseException as error:  # to be raised where somebody waits
             self._error = error
         log.debug("the CPU's kernels were ready in %.1f s", time.perf_counter() - started)

@@ -1,0 +1,51 @@
+"""How many threads torch computes with on the CPU, from one forward pass to the next.
+
+Compiled kernels have threads of their own. Where they compute all that is heavy, as for a token,
+torch's would only take turns with them on the same cores: torch keeps to the caller's thread then.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tierrun.engine.kernels.int8 import MOST_TOKENS
+
+_CPUS = Path("/sys/devices/system/cpu")
+
+
+class TorchThreads:
+    """Sets torch's threads before a forward pass; they are the whole process's."""
+
+    def __init__(self, most: int, *, spare: bool, quick: bool, reading: Callable[[], bool]) -> None:
+        """At `most` so many; with `spare`, one core is left to reads while there may be any
+        (`reading`): whatever else runs makes all threads wait at every barrier of torch's.
+
+        `quick`: a few tokens are computed by kernels.
+        """
+        self._most, self._fewer = most, max(1, most - 1) if spare else most
+        self._quick, self._reading = quick, reading
+
+    def before(self, tokens: int) -> None:
+        """A forward pass of so many tokens is next."""
+        if self._quick and tokens <= MOST_TOKENS:
+            wanted = 1
+        else:
+            wanted = self._fewer if self._reading() else self._most
+        if torch.get_num_threads() != wanted:
+            torch.set_num_threads(wanted)
+
+
+def physical_cores() -> int:
+    """Those that this process may run on: a core that runs two threads at a time is one."""
+    allowed = os.sched_getaffinity(0)
+    return len({_siblings(cpu) for cpu in allowed}) or 1
+
+
+def _siblings(cpu: int) -> str:
+    """The same for all that share a core; its own number where the system does not say."""
+    try:
+        return (_CPUS / f"cpu{cpu}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(cpu)
