@@ -106,9 +106,7 @@ class HostBackend:
         quick = not options.exact and self._quicken(threads, compiled)
         self.queue = open_queue(store, reader, options)
         self.residency = Residency(Placement(store.manifest, hot, warm, policy, self.queue, ledger))
-        self._threads = TorchThreads(
-            threads, spare=not options.threads, quick=quick, reading=self._reading
-        )
+        self._threads = TorchThreads(options.num_threads, quick=quick)
         self.hook = ExpertsHook(
             self.model,
             store.manifest,
@@ -130,11 +128,6 @@ class HostBackend:
 
         whole = quicken(self.model, Int8Linear(threads), threads)
         return whole and compiled is not None and compiled.complete
-
-    def _reading(self) -> bool:
-        """Whether an expert may have to be read."""
-        placement = self.residency.placement
-        return len(placement.homes) < int(placement.first[-1])
 
     @property
     def hot_bytes(self) -> int:

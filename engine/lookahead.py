@@ -10,6 +10,7 @@ the experts receive is it.
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakMethod
 
 import torch
 from torch import nn
@@ -50,10 +51,19 @@ class Lookahead:
         paths = list(experts_modules(model))
         self._num_layers = len(paths)
         for layer, path in enumerate(paths):
-            self._handles[layer] = [
-                module.register_forward_hook(self._record, with_kwargs=True)
-                for module in _neighbours(model, path)
-            ]
+            self._handles[layer] = [self._watch(module) for module in _neighbours(model, path)]
+
+    def _watch(self, module: nn.Module) -> RemovableHandle:
+        """Have the calls of `module` recorded, which does not keep this object: a router and what
+        computes it (threads among that) are gone when their engine is."""
+        record = WeakMethod(self._record)
+
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            found = record()
+            if found is not None:
+                found(module, args, kwargs, output)
+
+        return module.register_forward_hook(hook, with_kwargs=True)
 
     def _record(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -87,7 +97,7 @@ class Lookahead:
         known = {found.module for found in self._routers.values()}
         self._calls = {module: call for module, call in self._calls.items() if module in known}
         if router is not None:
-            router.module.register_forward_hook(self._record, with_kwargs=True)
+            self._watch(router.module)
 
     def predict(self, layer: int) -> list[int]:
         """The experts that `layer` will probably want, from what the layer before it saw.

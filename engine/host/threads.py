@@ -5,7 +5,6 @@ torch's would only take turns with them on the same cores: torch keeps to the ca
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,21 +17,13 @@ _CPUS = Path("/sys/devices/system/cpu")
 class TorchThreads:
     """Sets torch's threads before a forward pass; they are the whole process's."""
 
-    def __init__(self, most: int, *, spare: bool, quick: bool, reading: Callable[[], bool]) -> None:
-        """At `most` so many; with `spare`, one core is left to reads while there may be any
-        (`reading`): whatever else runs makes all threads wait at every barrier of torch's.
-
-        `quick`: a few tokens are computed by kernels.
-        """
-        self._most, self._fewer = most, max(1, most - 1) if spare else most
-        self._quick, self._reading = quick, reading
+    def __init__(self, prompts: int, *, quick: bool) -> None:
+        """So many for a prompt; `quick`: a few tokens are computed by kernels."""
+        self._prompts, self._quick = prompts, quick
 
     def before(self, tokens: int) -> None:
         """A forward pass of so many tokens is next."""
-        if self._quick and tokens <= MOST_TOKENS:
-            wanted = 1
-        else:
-            wanted = self._fewer if self._reading() else self._most
+        wanted = 1 if self._quick and tokens <= MOST_TOKENS else self._prompts
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
 
