@@ -8,9 +8,10 @@ result does not depend on where an expert was.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -30,7 +31,8 @@ from tierrun.tiers.tier import Tier
 if TYPE_CHECKING:
     from tierrun.engine.host.experts import PresentExperts
 
-_hooks: "WeakKeyDictionary[nn.Module, ReferenceType[ExpertsHook]]" = WeakKeyDictionary()
+_hooks: "WeakKeyDictionary[nn.Module, Callable[[], Callable[..., torch.Tensor] | None]]"
+_hooks = WeakKeyDictionary()
 """Experts module → the hook of the engine it belongs to; keeps neither alive."""
 
 
@@ -63,7 +65,7 @@ class ExpertsHook:
         self._views: dict[tuple[str, int, int], Matrices] = {}
         self._last_end = time.perf_counter()
         self.usage = [torch.zeros(len(x.records), dtype=torch.int64) for x in manifest.layers]
-        self._present = self._present_experts()
+        self.present = self._present_experts()
         self.interrupted = False
         for module in self._layer_of:
             _hooks[module] = ref(self)
@@ -78,8 +80,21 @@ class ExpertsHook:
             self._compiled, self._residency, self._ledger, self.usage, self._lookahead
         )
 
+    def watches(self, layer: int) -> bool:
+        """Whether look-ahead must see the modules of `layer` called, to find its router."""
+        return self._lookahead is not None and self._lookahead.watches(layer)
+
+    def saw(self, layer: int, hidden: torch.Tensor) -> None:
+        """The router of `layer` was given `hidden`, and computed without its module."""
+        if self.interrupted:
+            raise Interrupted
+        if self._lookahead is not None:
+            self._lookahead.saw(layer, hidden)
+
     def start_forward(self) -> None:
         """A forward pass begins: its first layer's resident time counts from here."""
+        if self.present is not None:  # of a pass that was interrupted
+            self.present.keep_books(self._last_end)
         self._residency.next_step()
         self._last_end = time.perf_counter()
 
@@ -90,11 +105,11 @@ class ExpertsHook:
         if self.interrupted:
             raise Interrupted
         layer = self._layer_of[module]
-        if self._present is not None:
-            y = self._present.compute(layer, hidden, top_k, weights)
+        if self.present is not None:
+            y = self.present.compute(layer, hidden, top_k, weights)
             if y is not None:
                 return y
-            self._last_end = self._present.keep_books(self._last_end)
+            self._last_end = self.present.keep_books(self._last_end)
         started, waited = time.perf_counter(), self._ledger.counters.wait_seconds
         reads = self._ledger.counters.cold
         self.usage[layer] += torch.bincount(top_k.flatten(), minlength=len(self.usage[layer]))
@@ -123,8 +138,8 @@ class ExpertsHook:
 
     def end_forward(self, tokens: int) -> None:
         """The forward pass is over: what came after the last experts is resident compute too."""
-        if self._present is not None:
-            self._last_end = self._present.keep_books(self._last_end)
+        if self.present is not None:
+            self._last_end = self.present.keep_books(self._last_end)
         step, resident = self._residency.placement.step, time.perf_counter() - self._last_end
         head = len(self._manifest.layers)
         self._ledger.timings.append(LayerTiming(step, head, tokens, resident, 0.0, 0.0, 0.0, 0))
@@ -258,6 +273,24 @@ def _gate_up(module: Any, x: torch.Tensor, matrices: Matrices, kernels: CpuKerne
 def _bias(matrices: Matrices, name: str) -> torch.Tensor | None:
     bias = matrices.get(f"{name}_bias")
     return None if bias is None else widened(bias)
+
+
+def hook_of(module: nn.Module) -> ExpertsHook | None:
+    """The hook of the engine that the experts `module` belongs to, if there is one."""
+    known = _hooks.get(module)
+    found = None if known is None else known()
+    return found if isinstance(found, ExpertsHook) else None
+
+
+@contextmanager
+def standing_in(module: nn.Module, function: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Let `function` answer for the experts of `module`, which no engine has yet."""
+    assert module not in _hooks, "an engine's experts"
+    _hooks[module] = lambda: function
+    try:
+        yield
+    finally:
+        del _hooks[module]
 
 
 def _experts_forward(

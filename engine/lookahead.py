@@ -71,6 +71,17 @@ class Lookahead:
         if not self._predicting:
             self._calls[module] = _Call(module, args, kwargs, output)
 
+    def watches(self, layer: int) -> bool:
+        """Whether the router of `layer` is still looked for."""
+        return layer in self._handles
+
+    def saw(self, layer: int, hidden: torch.Tensor) -> None:
+        """The router of `layer` computes `hidden` now, though its module is not called."""
+        router = self._routers.get(layer)
+        call = None if router is None else self._calls.get(router.module)
+        if router is not None and call is not None and call.args:
+            self._calls[router.module] = call._replace(args=(hidden, *call.args[1:]))
+
     def observe(self, layer: int, top_k: torch.Tensor) -> None:
         """The experts of `layer` were given `top_k`: the first time, find who made it."""
         if layer not in self._handles or layer in self._routers:

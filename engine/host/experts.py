@@ -65,26 +65,33 @@ class PresentExperts:
         """The layer's output [1, H] for one token; None, and nothing is done, where the usual way
         must be gone: some are not there, or what was read ahead for this layer must be seen to.
         """
-        call = self._calls[layer]
-        if call is None or self._residency.expects(layer) or not call.takes(hidden, top_k, weights):
+        call = self.ready(layer)
+        if call is None or not call.takes(hidden, top_k, weights):
             return None
         y = torch.empty_like(hidden)
         if not call.begin(hidden.data_ptr(), top_k.data_ptr()):
             return None
-        self._filled = True
         try:
-            self._look_ahead(layer, top_k)
+            self.beside(layer, None, top_k)
         finally:
             call.finish(weights.data_ptr(), y.data_ptr())
         return y
 
-    def _look_ahead(self, layer: int, top_k: torch.Tensor) -> None:
-        """Ask for what the next layer lacks of what it will probably want."""
+    def ready(self, layer: int) -> TokenExperts | None:
+        """What computes `layer`, if it may."""
+        return None if self._residency.expects(layer) else self._calls[layer]
+
+    def beside(self, layer: int, hidden: torch.Tensor | None, top_k: torch.Tensor) -> None:
+        """While experts `top_k` of `layer` are computed: ask for what the next layer lacks of what
+        it will probably want. `hidden` is what its router was given, where its module was not."""
+        self._filled = True
         if self._lookahead is None:
             return
         self._lookahead.observe(layer, top_k)
         if layer + 1 == len(self._calls) or self._present.whole(layer + 1):
             return
+        if hidden is not None:
+            self._lookahead.saw(layer, hidden)
         experts = self._lookahead.predict(layer + 1)
         if experts and not self._addresses(layer + 1)[experts].all():
             self._residency.look_ahead(layer + 1, experts, beside=(layer, top_k[0].tolist()))

@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 from tierrun.engine.host.attention import quicken_attention
+from tierrun.engine.host.layers import quicken_layers
 from tierrun.engine.host.linears import quicken_linears
 from tierrun.engine.host.norms import quicken_norms
 from tierrun.engine.host.routers import quicken_routers
@@ -25,9 +26,11 @@ def quicken(model: Any, kernels: Int8Linear, threads: int) -> bool:
     taken, left = quicken_linears(model, kernels, shared)
     norms, routers = quicken_norms(model), quicken_routers(model, shared)
     heads = quicken_attention(model, shared)
+    layers = quicken_layers(model)
     log.info(
-        "one call a token in %d attention modules, %d linear ones (%d left to torch), %d norms, "
-        "%d routers",
+        "compiled calls for a token: %d whole layers, %d attention modules, %d linear ones (%d "
+        "left to torch), %d norms, %d routers",
+        layers,
         heads,
         taken,
         left,

@@ -107,26 +107,27 @@ class TokenAttention:
         `cache` is keys and values, fp32 [1, heads, room, size]; the token's own are added to it.
         """
         keys, values = cache
-        spans = length // SPAN + 1
-        self._reserve(spans)
+        self.reserve(length)
         y = torch.empty(self._products[1].rows)
         self._workers.claim()
-        _attend(
+        attend(
             self.address,
             x.data_ptr(),
             rotation[0].data_ptr(),
             rotation[1].data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
-            keys.shape[2] * self.heads.size,
+            keys.shape[2],
             length,
             y.data_ptr(),
         )
         self._workers.release()
         return y
 
-    def _reserve(self, spans: int) -> None:
-        """Room for what heads find in each span (sums, largest score, weight) and its scores."""
+    def reserve(self, length: int) -> None:
+        """Room for what heads find in each span up to `length` (sums, largest score, weight), and
+        its scores."""
+        spans = length // SPAN + 1
         wanted = spans * self.heads.queries * (self.heads.size + 2 + SPAN)
         if len(self._parts) < wanted:
             self._parts = np.zeros(2 * wanted, np.float32)
@@ -232,7 +233,7 @@ def _join(table):
 
 
 @njit("void(" + ", ".join(["int64"] * 9) + ")", nogil=True, cache=True)
-def _attend(table, source, cosines, sines, keys, values, stride, length, target):
+def attend(table, source, cosines, sines, keys, values, room, length, target):
     """See `TokenAttention`."""
     heads, kv_heads, size = word(table + _HEADS), word(table + _KV_HEADS), word(table + _SIZE)
     queries = word(table + _QKV)
@@ -251,7 +252,7 @@ def _attend(table, source, cosines, sines, keys, values, stride, length, target)
         _rotate(queries + 4 * size * head, half, cosines, sines)
     put_word(table + _KEYS, keys)
     put_word(table + _VALUES, values)
-    put_word(table + _STRIDE, stride)
+    put_word(table + _STRIDE, room * size)
     put_word(table + _LENGTH, length + 1)
     put_word(table + _SPANS, length // SPAN + 1)
     _append(table, own_keys, own_values, length)

@@ -58,7 +58,7 @@ class TokenExperts:
         words += [shared.out.ctypes.data, lane.tasks_per_record, count, shared.out.shape[1]]
         words += [addresses.ctypes.data, usage, journal.ctypes.data, len(addresses), first]
         self._words = np.array(words, np.int64)
-        self._address: int = self._words.ctypes.data
+        self.address: int = self._words.ctypes.data
 
     def takes(self, hidden: torch.Tensor, top_k: torch.Tensor, weights: torch.Tensor) -> bool:
         """Whether these are one token's, as `__call__` reads them."""
@@ -78,14 +78,14 @@ class TokenExperts:
         `finish` must follow, and until then nothing given, and no expert, may move.
         """
         self._workers.claim()
-        begun = bool(_begin(self._address, hidden, top_k))
+        begun = bool(begin_experts(self.address, hidden, top_k))
         if not begun:
             self._workers.release()
         return begun
 
     def finish(self, weights: int, target: int) -> None:
         """Help, and put the sum of the outputs, times `weights` fp32 [k], at `target`."""
-        _finish(self._address, weights, target)
+        finish_experts(self.address, weights, target)
         self._workers.release()
 
 
@@ -128,7 +128,8 @@ def _note(layer, top_k):
 
 
 @njit("boolean(int64, int64, int64)", nogil=True, cache=True)
-def _begin(layer, hidden, top_k):
+def begin_experts(layer, hidden, top_k):
+    """See `TokenExperts.begin`."""
     if not _all_there(layer, top_k):
         return False
     put_word(word(layer + _JOURNAL) + BEGAN, nanoseconds())
@@ -151,7 +152,8 @@ def _begin(layer, hidden, top_k):
 
 
 @njit("void(int64, int64, int64)", nogil=True, cache=True)
-def _finish(layer, weights, target):
+def finish_experts(layer, weights, target):
+    """See `TokenExperts.finish`."""
     finish(word(layer + _STATE))
     weighted_sum(word(layer + _OUT), weights, word(layer + _COUNT), word(layer + _WIDTH), target)
     put_word(word(layer + _JOURNAL) + ENDED, nanoseconds())

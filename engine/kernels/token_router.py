@@ -28,24 +28,24 @@ class TokenRouter:
         self, weight: torch.Tensor, top_k: int, renormalise: bool, workers: "Workers"
     ) -> None:
         experts, hidden = weight.shape
-        self._weight, self._workers, self._top_k = weight.contiguous(), workers, top_k
+        self._weight, self.workers, self.top_k = weight.contiguous(), workers, top_k
         self._shares = np.zeros(experts, np.float32)
         words = [workers.state, perform().address, self._weight.data_ptr(), experts, hidden]
         words += [top_k, self._shares.ctypes.data, -(-experts // _ROWS), renormalise, 0, 0]
         self._table = np.array(words, np.int64)
-        self._experts, self.hidden = experts, hidden
-        self._address: int = self._table.ctypes.data
+        self.experts, self.hidden = experts, hidden
+        self.address: int = self._table.ctypes.data
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`x` fp32 [hidden]: logits [1, experts], scores [1, k] and their experts [1, k]."""
-        logits, scores = torch.empty(1, self._experts), torch.empty(1, self._top_k)
-        chosen = torch.empty(1, self._top_k, dtype=torch.int64)
+        logits, scores = torch.empty(1, self.experts), torch.empty(1, self.top_k)
+        chosen = torch.empty(1, self.top_k, dtype=torch.int64)
         to = logits.data_ptr(), scores.data_ptr(), chosen.data_ptr()
-        if self._workers.try_claim():
-            _route(self._address, x.data_ptr(), *to, True)
-            self._workers.release()
+        if self.workers.try_claim():
+            route(self.address, x.data_ptr(), *to, True)
+            self.workers.release()
         else:  # they compute a layer's experts while the next router is asked
-            _route(self._address, x.data_ptr(), *to, False)
+            route(self.address, x.data_ptr(), *to, False)
         return logits, scores, chosen
 
 
@@ -77,7 +77,8 @@ def _largest(values, count):
 
 
 @njit("void(int64, int64, int64, int64, int64, boolean)", nogil=True, cache=True)
-def _route(table, source, logits, scores, chosen, together):
+def route(table, source, logits, scores, chosen, together):
+    """See `TokenRouter`; `together` with the other threads, which are claimed then."""
     put_word(table + _SOURCE, source)
     put_word(table + _LOGITS, logits)
     if together:
