@@ -38,6 +38,7 @@ class PresentExperts:
         most = USED // 8 + max(placement.top_k)
         self._journal = np.zeros((len(usage), most), np.int64)
         self._journal[:, USED // 8 :] = _NOBODY
+        self._at = [self._addresses(layer).ctypes.data for layer in range(len(usage))]
         self._calls: list[TokenExperts | None] = []
         self._filled = False
         scratch: dict[tuple[HostExperts, int], Scratch] = {}
@@ -71,11 +72,23 @@ class PresentExperts:
         y = torch.empty_like(hidden)
         if not call.begin(hidden.data_ptr(), top_k.data_ptr()):
             return None
+        self.noted()
         try:
             self.beside(layer, None, top_k)
         finally:
             call.finish(weights.data_ptr(), y.data_ptr())
         return y
+
+    def noted(self) -> None:
+        """A layer has written into the journal."""
+        self._filled = True
+
+    def needed_next(self, layer: int) -> int:
+        """The address of the next layer's addresses; 0 where nothing can be read ahead for it."""
+        last = layer + 1 == len(self._calls)
+        if last or self._lookahead is None or self._present.whole(layer + 1):
+            return 0
+        return self._at[layer + 1]
 
     def ready(self, layer: int) -> TokenExperts | None:
         """What computes `layer`, if it may."""
@@ -84,11 +97,10 @@ class PresentExperts:
     def beside(self, layer: int, hidden: torch.Tensor | None, top_k: torch.Tensor) -> None:
         """While experts `top_k` of `layer` are computed: ask for what the next layer lacks of what
         it will probably want. `hidden` is what its router was given, where its module was not."""
-        self._filled = True
         if self._lookahead is None:
             return
         self._lookahead.observe(layer, top_k)
-        if layer + 1 == len(self._calls) or self._present.whole(layer + 1):
+        if not self.needed_next(layer):
             return
         if hidden is not None:
             self._lookahead.saw(layer, hidden)

@@ -4,6 +4,7 @@ That is: norm, attention, sum; norm, router, experts, sum. A layer whose parts a
 tried beside that formula, with something simple in its experts' place; any other goes on by itself.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from tierrun.engine.host.cache import GrowingLayer
 from tierrun.engine.host.classes import become
 from tierrun.engine.host.norms import TokenNorm
 from tierrun.engine.host.routers import QuickRouter
-from tierrun.engine.kernels.token_layer import TokenLayer
+from tierrun.engine.kernels.token_layer import ABSENT, LACKING, TokenLayer
 
 _PAST = 3
 
@@ -31,22 +32,26 @@ class QuickLayer(nn.Module):
     routed: nn.Module
     number: int
     place: int
+    following: TokenLayer | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hook, layer = hook_of(self.routed), self._layer(args, kwargs)
         if layer is None or hook is None or hook.watches(self.number):
             return super().forward(*args, **kwargs)
-        quick, x, length = self.quick, args[0], layer.length
-        experts = None if hook.present is None else hook.present.ready(self.number)
-        rotation = kwargs["position_embeddings"]
-        begun = quick.begin(x, rotation, layer.reserve(1), length, experts)
+        quick, x, length, present = self.quick, args[0], layer.length, hook.present
+        experts = None if present is None else present.ready(self.number)
+        rotation, room = kwargs["position_embeddings"], layer.reserve(1)
+        ahead = 0 if present is None else present.needed_next(self.number)
+        found = quick.begin(x, rotation, room, length, experts, self.following, ahead)
         layer.advance(1)
-        if not begun or hook.present is None or experts is None:
+        if found == ABSENT or present is None or experts is None:
             hook.saw(self.number, quick.hidden)
             y = quick.sum + hook(self.routed, quick.hidden, quick.chosen, quick.scores)
             return y.view(x.shape)
+        present.noted()
         try:
-            hook.present.beside(self.number, quick.hidden, quick.chosen)
+            if found == LACKING or (ahead and self.following is None):
+                present.beside(self.number, quick.hidden, quick.chosen)
         finally:
             y = quick.finish(experts)
         return y.view(x.shape)
@@ -67,7 +72,7 @@ class QuickLayer(nn.Module):
 def quicken_layers(model: Any) -> int:
     """Let the usual decoder layers of `model` compute tokens so; how many there are. Comes last, as
     it looks for parts that are quick already."""
-    found = 0
+    found: list[QuickLayer] = []
     for number, path in enumerate(experts_modules(model)):
         block_path = path.rpartition(".")[0]
         layer = model.get_submodule(block_path.rpartition(".")[0])
@@ -76,8 +81,12 @@ def quicken_layers(model: Any) -> int:
         if quick is not None and _agrees(layer, quick, routed):
             place = _part(layer, QuickAttention).layer_idx
             become(layer, QuickLayer, quick=quick, routed=routed, number=number, place=place)
-            found += 1
-    return found
+            assert isinstance(layer, QuickLayer)
+            found.append(layer)
+    for one, other in pairwise(found):
+        if other.number == one.number + 1:
+            object.__setattr__(one, "following", other.quick)
+    return len(found)
 
 
 def _candidate(layer: nn.Module, block: nn.Module, routed: nn.Module) -> TokenLayer | None:
@@ -132,7 +141,7 @@ def _agrees(layer: nn.Module, quick: TokenLayer, routed: nn.Module) -> bool:
             )
     except (TypeError, RuntimeError, AttributeError):  # it wants other things
         return False
-    quick.begin(x, rotation, ours.reserve(1), _PAST, None)
+    quick.begin(x, rotation, ours.reserve(1), _PAST, None, None, 0)
     found = quick.sum + _simple(routed, quick.hidden, quick.chosen, quick.scores)
     if not isinstance(wanted, torch.Tensor) or wanted.numel() != found.numel():
         return False

@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 
 (
     _SIZE, _FIRST, _FIRST_EPS, _ATTENTION, _SECOND, _SECOND_EPS, _ROUTER, _SUM, _HIDDEN, _LOGITS,
-    _SCORES, _CHOSEN,
-) = range(0, 8 * 12, 8)  # fmt: skip
+    _SCORES, _CHOSEN, _TOP_K,
+) = range(0, 8 * 13, 8)  # fmt: skip
+
+
+ABSENT, BEGUN, LACKING = 0, 1, 2
+"""What `TokenLayer.begin` returns."""
 
 
 class TokenLayer:
@@ -48,10 +52,11 @@ class TokenLayer:
         words = [size, first.scale.data_ptr(), 0, attention.address, second.scale.data_ptr(), 0]
         words += [router.address, self.sum.data_ptr(), self.hidden.data_ptr()]
         words += [x.data_ptr() for x in (self._logits, self.scores, self.chosen)]
+        words.append(router.top_k)
         self._table = np.array(words, np.int64)
         numbers = self._table.view(np.float32)
         numbers[_FIRST_EPS // 4], numbers[_SECOND_EPS // 4] = first.eps, second.eps
-        self._address: int = self._table.ctypes.data
+        self.address: int = self._table.ctypes.data
 
     def begin(
         self,
@@ -60,15 +65,20 @@ class TokenLayer:
         cache: tuple[torch.Tensor, torch.Tensor],
         length: int,
         experts: "TokenExperts | None",
-    ) -> bool:
+        following: "TokenLayer | None",
+        addresses: int,
+    ) -> int:
         """`x` fp32 [H] at position `length`, as `TokenAttention`; then let the threads compute
-        `experts`, which `finish` must follow. False where they do not: the caller sees to them.
+        `experts`, which `finish` must follow. ABSENT where they do not: the caller sees to them.
+
+        Meanwhile the router of the `following` layer is asked what it would choose here: LACKING if
+        some of it is not at `addresses`, those of that layer's experts (0: do not ask).
         """
         self.attention.reserve(length)
         keys, values = cache
         self._workers.claim()
-        begun: bool = _begin(
-            self._address,
+        found: int = _begin(
+            self.address,
             x.data_ptr(),
             rotation[0].data_ptr(),
             rotation[1].data_ptr(),
@@ -77,15 +87,17 @@ class TokenLayer:
             keys.shape[2],
             length,
             0 if experts is None else experts.address,
+            0 if following is None else following.address,
+            addresses,
         )
-        if not begun:
+        if found == ABSENT:
             self._workers.release()
-        return begun
+        return found
 
     def finish(self, experts: "TokenExperts") -> torch.Tensor:
         """The layer's output, a new tensor [H]."""
         y = torch.empty(self.columns)
-        _finish(self._address, experts.address, y.data_ptr())
+        _finish(self.address, experts.address, y.data_ptr())
         self._workers.release()
         return y
 
@@ -96,8 +108,21 @@ def _add(a, b, count, target):
         put_real(target + 4 * i, real(a + 4 * i) + real(b + 4 * i))
 
 
-@njit("boolean(" + ", ".join(["int64"] * 9) + ")", nogil=True, cache=True)
-def _begin(layer, x, cosines, sines, keys, values, room, length, experts):
+@njit("boolean(int64, int64, int64)", nogil=True, cache=True)
+def _lacks(layer, hidden, addresses):
+    """Whether something is absent of what `layer` would choose for `hidden`."""
+    scores, chosen = word(layer + _SCORES), word(layer + _CHOSEN)
+    route(word(layer + _ROUTER), hidden, word(layer + _LOGITS), scores, chosen, False)
+    for i in range(word(layer + _TOP_K)):
+        if word(addresses + 8 * word(chosen + 8 * i)) == 0:
+            return True
+    return False
+
+
+@njit("int64(" + ", ".join(["int64"] * 11) + ")", nogil=True, cache=True)
+def _begin(
+    layer, x, cosines, sines, keys, values, room, length, experts, following, addresses
+):  # fmt: skip
     size, hidden, both = word(layer + _SIZE), word(layer + _HIDDEN), word(layer + _SUM)
     rms_norm(x, word(layer + _FIRST), 1, size, real(layer + _FIRST_EPS), hidden)
     attend(word(layer + _ATTENTION), hidden, cosines, sines, keys, values, room, length, both)
@@ -105,7 +130,11 @@ def _begin(layer, x, cosines, sines, keys, values, room, length, experts):
     rms_norm(both, word(layer + _SECOND), 1, size, real(layer + _SECOND_EPS), hidden)
     scores, chosen = word(layer + _SCORES), word(layer + _CHOSEN)
     route(word(layer + _ROUTER), hidden, word(layer + _LOGITS), scores, chosen, True)
-    return experts != 0 and begin_experts(experts, hidden, chosen)
+    if experts == 0 or not begin_experts(experts, hidden, chosen):
+        return ABSENT
+    if following != 0 and addresses != 0 and _lacks(following, hidden, addresses):
+        return LACKING
+    return BEGUN
 
 
 @njit("void(int64, int64, int64)", nogil=True, cache=True)
