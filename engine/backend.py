@@ -12,7 +12,7 @@ from tierrun.engine.compiled import CompiledExperts
 from tierrun.engine.context import Context, CpuContext
 from tierrun.engine.devices import choose_device
 from tierrun.engine.experts import ExpertsHook
-from tierrun.engine.host.threads import TorchThreads, physical_cores
+from tierrun.engine.host.threads import TorchThreads
 from tierrun.engine.kernels.cpu import cpu_kernels
 from tierrun.engine.kernels.int8_linear import Int8Linear
 from tierrun.engine.kernels.int8_ready import Int8Ready
@@ -86,7 +86,7 @@ class HostBackend:
     def __init__(
         self, store: Store, weights: ResidentWeights, options: Options, ledger: Ledger
     ) -> None:
-        threads = options.threads or physical_cores()
+        threads = options.kernel_threads
         self.chunk = options.host_chunk
         vram = resolve_vram(options.vram, "cpu")
         ram = resolve_ram(options.ram, weights.nbytes + vram.nbytes)

@@ -4,14 +4,9 @@ Compiled kernels have threads of their own. Where they compute all that is heavy
 torch's would only take turns with them on the same cores: torch keeps to the caller's thread then.
 """
 
-import os
-from pathlib import Path
-
 import torch
 
 from tierrun.engine.kernels.int8 import MOST_TOKENS
-
-_CPUS = Path("/sys/devices/system/cpu")
 
 
 class TorchThreads:
@@ -26,17 +21,3 @@ class TorchThreads:
         wanted = 1 if self._quick and tokens <= MOST_TOKENS else self._prompts
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
-
-
-def physical_cores() -> int:
-    """Those that this process may run on: a core that runs two threads at a time is one."""
-    allowed = os.sched_getaffinity(0)
-    return len({_siblings(cpu) for cpu in allowed}) or 1
-
-
-def _siblings(cpu: int) -> str:
-    """The same for all that share a core; its own number where the system does not say."""
-    try:
-        return (_CPUS / f"cpu{cpu}/topology/thread_siblings_list").read_text()
-    except OSError:
-        return str(cpu)

@@ -12,13 +12,14 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import tierrun
+from tierrun.engine.cores import physical_cores
 from tierrun.engine.engine import Engine
 from tierrun.engine.host.attention import QuickAttention
 from tierrun.engine.host.cache import GrowingLayer, let_grow
 from tierrun.engine.host.linears import QuickLinear
 from tierrun.engine.host.norms import TokenNorm, quicken_norms
 from tierrun.engine.host.routers import QuickRouter
-from tierrun.engine.host.threads import TorchThreads, physical_cores
+from tierrun.engine.host.threads import TorchThreads
 from tierrun.engine.kernels.token_experts import TokenExperts
 
 TOKENS = PROMPT[:12]
