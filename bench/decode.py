@@ -141,7 +141,7 @@ def main(
         Routing | None, typer.Option(help="Of the stream. Default: the store's.")
     ] = None,
     lookahead: Annotated[bool, typer.Option(help="Read ahead for the next layer.")] = True,
-    threads: Annotated[int, typer.Option(help="0: all cores but one.")] = 0,
+    threads: Annotated[int, typer.Option(help="0: all cores; torch one less.")] = 0,
 ) -> None:
     """Decode a fixed stream of tokens and print what it cost, as JSON."""
     started = time.perf_counter()

@@ -35,7 +35,7 @@ Ubatch = Annotated[int, typer.Option(help="Tokens of a prompt at once; 0: the en
 Io = Annotated[str, typer.Option(help="The reader.")]
 LaneMode = Annotated[str, typer.Option("--lanes", help="Experts in RAM: auto, gpu, cpu.")]
 Policy = Annotated[str, typer.Option(help="Replacement: lfru, lru, layers.")]
-Threads = Annotated[int, typer.Option(help="0: all cores but one.")]
+Threads = Annotated[int, typer.Option(help="0: all cores; torch one less.")]
 Card = Annotated[str, typer.Option(help="As if the card had so much (16GiB): the rest is taken.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the JSON document here.")]
 

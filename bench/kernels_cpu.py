@@ -16,7 +16,6 @@ from tierrun.engine.codecs.packed import Packed
 from tierrun.engine.codecs.weight import Weight, matrix_view
 from tierrun.engine.kernels.cpu import CpuKernels
 from tierrun.engine.kernels.host import HostExperts, supported
-from tierrun.engine.kernels.int8 import MOST_TOKENS
 from tierrun.engine.kernels.int8 import obstacle as int8_obstacle
 from tierrun.engine.kernels.int8_linear import Int8Linear
 
@@ -46,8 +45,6 @@ def obstacle(case: Case) -> str | None:
             return found
     elif case.kernel == FP32:
         return "compiled for experts, not for one matrix"
-    if case.tokens > MOST_TOKENS:
-        return f"more than {MOST_TOKENS} tokens"
     matrices = (geometry(case.codec, shape) for shape in case.layer.shapes)
     return next(filter(None, map(int8_obstacle, matrices)), None)
 

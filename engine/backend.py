@@ -12,7 +12,9 @@ from tierrun.engine.compiled import CompiledExperts
 from tierrun.engine.context import Context, CpuContext
 from tierrun.engine.devices import choose_device
 from tierrun.engine.experts import ExpertsHook
+from tierrun.engine.host.threads import TorchThreads
 from tierrun.engine.kernels.cpu import cpu_kernels
+from tierrun.engine.kernels.int8_linear import Int8Linear
 from tierrun.engine.kernels.int8_ready import Int8Ready
 from tierrun.engine.lookahead import Lookahead
 from tierrun.engine.model import load_model
@@ -84,7 +86,7 @@ class HostBackend:
     def __init__(
         self, store: Store, weights: ResidentWeights, options: Options, ledger: Ledger
     ) -> None:
-        torch.set_num_threads(options.num_threads)
+        threads = options.kernel_threads
         self.chunk = options.host_chunk
         vram = resolve_vram(options.vram, "cpu")
         ram = resolve_ram(options.ram, weights.nbytes + vram.nbytes)
@@ -97,12 +99,14 @@ class HostBackend:
         finally:
             if ready is not None:
                 ready.wait()
-        threads = options.num_threads
         kernels = cpu_kernels(threads, exact=options.exact)
         self.model = load_model(store, weights, kernels)
         compiled = None if options.exact else self._compiled(store, threads)
+        self._quick = not options.exact
+        quick = not options.exact and self._quicken(threads, compiled)
         self.queue = open_queue(store, reader, options)
         self.residency = Residency(Placement(store.manifest, hot, warm, policy, self.queue, ledger))
+        self._threads = TorchThreads(options.num_threads, quick=quick)
         self.hook = ExpertsHook(
             self.model,
             store.manifest,
@@ -118,6 +122,13 @@ class HostBackend:
         modules = list(experts_modules(self.model).values())
         return CompiledExperts(modules, store.manifest, threads)
 
+    def _quicken(self, threads: int, compiled: CompiledExperts | None) -> bool:
+        """Have tokens computed in few calls; whether nothing heavy of them is left to torch."""
+        from tierrun.engine.host.tokens import quicken  # imports numba: a second
+
+        whole = quicken(self.model, Int8Linear(threads), threads)
+        return whole and compiled is not None and compiled.complete
+
     @property
     def hot_bytes(self) -> int:
         return self.residency.placement.hot.slab.nbytes
@@ -128,7 +139,7 @@ class HostBackend:
 
     def context(self) -> Context:
         """See `Backend`."""
-        return CpuContext(self.model)
+        return CpuContext(self.model, self._threads.before, grows=self._quick)
 
     def warm_up(self, order: Iterable[ExpertKey]) -> None:
         """See `Backend`."""

@@ -35,9 +35,18 @@ class CompiledExperts:
                 len(layouts),
             )
 
+    @property
+    def complete(self) -> bool:
+        """Whether there are kernels for every layer."""
+        return all(layer is not None for layer in self._layers)
+
     def takes(self, layer: int) -> bool:
         """Whether there are kernels for the experts of `layer`."""
         return self._layers[layer] is not None
+
+    def kernels(self, layer: int) -> HostExperts | None:
+        """The kernels of `layer`, if there are any."""
+        return self._layers[layer]
 
     def compute(
         self,
@@ -64,6 +73,19 @@ class CompiledExperts:
         kernels.begin(addresses, x, rows // k, which[rows], out.numpy(), rows)
         kernels.finish()
         return rows
+
+    @staticmethod
+    def weighted_sum(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Of a token's experts [k, H] by their `weights` [k], in their order: [1, H].
+
+        To the same bits as where no lease was needed (`TokenExperts`).
+        """
+        from tierrun.engine.kernels.reals import weighted_sum
+
+        y, weights = outputs.new_empty(1, outputs.shape[1]), weights.float().contiguous()
+        given = outputs.data_ptr(), weights.data_ptr()
+        weighted_sum(*given, *outputs.shape, y.data_ptr())
+        return y
 
 
 def _layout(module: nn.Module, manifest: Manifest, layer: int) -> ExpertLayout | None:

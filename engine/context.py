@@ -7,6 +7,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from tierrun.engine.architecture import keeps_few_logits
+from tierrun.engine.host.cache import let_grow
 
 
 class Context(Protocol):
@@ -35,8 +36,12 @@ class Context(Protocol):
 class CpuContext:
     """A context in host memory; the model makes its own cache."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+    def __init__(
+        self, model: PreTrainedModel, before: Callable[[int], None], *, grows: bool
+    ) -> None:
+        """`before` is told how many tokens are next. With `grows` the cache grows in place, where
+        the model's own would be copied each time."""
+        self._model, self._before, self._grows = model, before, grows
         self._few_logits = keeps_few_logits(model)
         self._cache: Cache | None = None
 
@@ -45,6 +50,7 @@ class CpuContext:
 
     def forward(self, tokens: Sequence[int], *, last_only: bool) -> torch.Tensor:
         """See `Context`."""
+        self._before(len(tokens))
         keep = {"logits_to_keep": 1} if last_only and self._few_logits else {}
         forward: Callable[..., Any] = self._model
         with torch.inference_mode():
@@ -54,6 +60,8 @@ class CpuContext:
                 use_cache=True,
                 **keep,
             )
+            if self._cache is None and self._grows:
+                let_grow(output.past_key_values)
         self._cache = output.past_key_values
         logits: torch.Tensor = output.logits[0].float()
         return logits

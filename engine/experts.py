@@ -8,9 +8,10 @@ result does not depend on where an expert was.
 """
 
 import time
-from collections.abc import Sequence
-from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -27,7 +28,11 @@ from tierrun.tiers.ledger import LayerTiming, Ledger
 from tierrun.tiers.residency import Held, Lease, Residency
 from tierrun.tiers.tier import Tier
 
-_hooks: "WeakKeyDictionary[nn.Module, ReferenceType[ExpertsHook]]" = WeakKeyDictionary()
+if TYPE_CHECKING:
+    from tierrun.engine.host.experts import PresentExperts
+
+_hooks: "WeakKeyDictionary[nn.Module, Callable[[], Callable[..., torch.Tensor] | None]]"
+_hooks = WeakKeyDictionary()
 """Experts module → the hook of the engine it belongs to; keeps neither alive."""
 
 
@@ -60,12 +65,36 @@ class ExpertsHook:
         self._views: dict[tuple[str, int, int], Matrices] = {}
         self._last_end = time.perf_counter()
         self.usage = [torch.zeros(len(x.records), dtype=torch.int64) for x in manifest.layers]
+        self.present = self._present_experts()
         self.interrupted = False
         for module in self._layer_of:
             _hooks[module] = ref(self)
 
+    def _present_experts(self) -> "PresentExperts | None":
+        """A token's without a lease; where experts move between tiers, each is leased."""
+        if self._compiled is None or self._residency.placement.promotes:
+            return None
+        from tierrun.engine.host.experts import PresentExperts  # imports numba: a second
+
+        return PresentExperts(
+            self._compiled, self._residency, self._ledger, self.usage, self._lookahead
+        )
+
+    def watches(self, layer: int) -> bool:
+        """Whether look-ahead must see the modules of `layer` called, to find its router."""
+        return self._lookahead is not None and self._lookahead.watches(layer)
+
+    def saw(self, layer: int, hidden: torch.Tensor) -> None:
+        """The router of `layer` was given `hidden`, and computed without its module."""
+        if self.interrupted:
+            raise Interrupted
+        if self._lookahead is not None:
+            self._lookahead.saw(layer, hidden)
+
     def start_forward(self) -> None:
         """A forward pass begins: its first layer's resident time counts from here."""
+        if self.present is not None:  # of a pass that was interrupted
+            self.present.keep_books(self._last_end)
         self._residency.next_step()
         self._last_end = time.perf_counter()
 
@@ -76,6 +105,11 @@ class ExpertsHook:
         if self.interrupted:
             raise Interrupted
         layer = self._layer_of[module]
+        if self.present is not None:
+            y = self.present.compute(layer, hidden, top_k, weights)
+            if y is not None:
+                return y
+            self._last_end = self.present.keep_books(self._last_end)
         started, waited = time.perf_counter(), self._ledger.counters.wait_seconds
         reads = self._ledger.counters.cold
         self.usage[layer] += torch.bincount(top_k.flatten(), minlength=len(self.usage[layer]))
@@ -100,10 +134,12 @@ class ExpertsHook:
         )
         self._ledger.timings.append(timing)
         self._last_end = time.perf_counter()
-        return work.result()
+        return work.result(self._kernels_of(layer))
 
     def end_forward(self, tokens: int) -> None:
         """The forward pass is over: what came after the last experts is resident compute too."""
+        if self.present is not None:
+            self._last_end = self.present.keep_books(self._last_end)
         step, resident = self._residency.placement.step, time.perf_counter() - self._last_end
         head = len(self._manifest.layers)
         self._ledger.timings.append(LayerTiming(step, head, tokens, resident, 0.0, 0.0, 0.0, 0))
@@ -140,14 +176,20 @@ class ExpertsHook:
 
     def _compute_all(self, layer: int, held: Sequence[Held], work: "_LayerWork") -> float:
         started = time.perf_counter()
-        if self._compiled is not None and self._compiled.takes(layer):
+        compiled = self._kernels_of(layer)
+        if compiled is not None:
             records = {expert: tier.memory(slot).data_ptr() for expert, tier, slot in held}
             if records:
-                work.add_all(self._compiled, layer, records)
+                work.add_all(compiled, layer, records)
         else:
             for expert, tier, slot in held:
                 work.add(expert, self._matrices(tier, slot), self._kernels)
         return time.perf_counter() - started
+
+    def _kernels_of(self, layer: int) -> CompiledExperts | None:
+        """Those that take the experts of `layer`, if any do."""
+        takes = self._compiled is not None and self._compiled.takes(layer)
+        return self._compiled if takes else None
 
     def _matrices(self, tier: Tier, slot: int) -> Matrices:
         """Views of the slot's record, made once: slots never move."""
@@ -193,8 +235,10 @@ class _LayerWork:
         if theirs.has_post_expert_norm:
             outputs[rows] = theirs.post_expert_norm(outputs[rows])
 
-    def result(self) -> torch.Tensor:
-        """The weighted sum over the top-k slots, [tokens, H]."""
+    def result(self, compiled: CompiledExperts | None) -> torch.Tensor:
+        """The weighted sum over the top-k slots, [tokens, H]; a token's as `compiled` takes it."""
+        if compiled is not None and len(self._hidden) == 1:
+            return compiled.weighted_sum(self._outputs[0], self._weights[0])
         weighted = self._outputs.mul_(self._weights[:, :, None])
         return weighted.sum(dim=1).to(self._hidden.dtype)
 
@@ -232,6 +276,24 @@ def _gate_up(module: Any, x: torch.Tensor, matrices: Matrices, kernels: CpuKerne
 def _bias(matrices: Matrices, name: str) -> torch.Tensor | None:
     bias = matrices.get(f"{name}_bias")
     return None if bias is None else widened(bias)
+
+
+def hook_of(module: nn.Module) -> ExpertsHook | None:
+    """The hook of the engine that the experts `module` belongs to, if there is one."""
+    known = _hooks.get(module)
+    found = None if known is None else known()
+    return found if isinstance(found, ExpertsHook) else None
+
+
+@contextmanager
+def standing_in(module: nn.Module, function: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Let `function` answer for the experts of `module`, which no engine has yet."""
+    assert module not in _hooks, "an engine's experts"
+    _hooks[module] = lambda: function
+    try:
+        yield
+    finally:
+        del _hooks[module]
 
 
 def _experts_forward(

@@ -10,6 +10,7 @@ the experts receive is it.
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakMethod
 
 import torch
 from torch import nn
@@ -50,16 +51,36 @@ class Lookahead:
         paths = list(experts_modules(model))
         self._num_layers = len(paths)
         for layer, path in enumerate(paths):
-            self._handles[layer] = [
-                module.register_forward_hook(self._record, with_kwargs=True)
-                for module in _neighbours(model, path)
-            ]
+            self._handles[layer] = [self._watch(module) for module in _neighbours(model, path)]
+
+    def _watch(self, module: nn.Module) -> RemovableHandle:
+        """Have the calls of `module` recorded, which does not keep this object: a router and what
+        computes it (threads among that) are gone when their engine is."""
+        record = WeakMethod(self._record)
+
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            found = record()
+            if found is not None:
+                found(module, args, kwargs, output)
+
+        return module.register_forward_hook(hook, with_kwargs=True)
 
     def _record(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         if not self._predicting:
             self._calls[module] = _Call(module, args, kwargs, output)
+
+    def watches(self, layer: int) -> bool:
+        """Whether the router of `layer` is still looked for."""
+        return layer in self._handles
+
+    def saw(self, layer: int, hidden: torch.Tensor) -> None:
+        """The router of `layer` computes `hidden` now, though its module is not called."""
+        router = self._routers.get(layer)
+        call = None if router is None else self._calls.get(router.module)
+        if router is not None and call is not None and call.args:
+            self._calls[router.module] = call._replace(args=(hidden, *call.args[1:]))
 
     def observe(self, layer: int, top_k: torch.Tensor) -> None:
         """The experts of `layer` were given `top_k`: the first time, find who made it."""
@@ -87,7 +108,7 @@ class Lookahead:
         known = {found.module for found in self._routers.values()}
         self._calls = {module: call for module, call in self._calls.items() if module in known}
         if router is not None:
-            router.module.register_forward_hook(self._record, with_kwargs=True)
+            self._watch(router.module)
 
     def predict(self, layer: int) -> list[int]:
         """The experts that `layer` will probably want, from what the layer before it saw.

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+from tierrun.engine.cores import physical_cores
 from tierrun.io.errors import UsageError
 from tierrun.io.reads import DEFAULT_DEPTH
 from tierrun.tiers.lanes import LANES
@@ -21,7 +22,8 @@ class Options:
     GPU at most 8192); `ubatch` is how many tokens of a prompt are computed at once, where 0 means
     512 on the CPU, and on a GPU what its bandwidths and memory make best. `lanes` says who computes
     experts in RAM beside a GPU: the CPU where they lie, the GPU over its bus, or (`auto`) both by
-    cost; `threads` 0 all cores but one, which is left to the reads; `depth` is reads in flight per
+    cost; `threads` 0 means all cores for the CPU's own kernels, and all but one, which is left to
+    the reads, for torch and beside a GPU; `depth` is reads in flight per
     directory, in parts of records. `exact` on the CPU keeps activations in fp32; on a GPU it fixes
     every kernel, prompts' chunks too (`ubatch` 0 is 2048 then, or the context), and computes
     nothing on the CPU beside it, so that logits are the same bits whatever the budgets; `compile`
@@ -53,9 +55,18 @@ class Options:
         return self.ubatch or _HOST_CHUNK
 
     @property
+    def kernel_threads(self) -> int:
+        """Threads of the CPU's own kernels, where nothing is computed by a GPU. Whoever has a core
+        takes the next task: one that something else runs on costs its part, no more."""
+        return self.threads or physical_cores()
+
+    @property
     def num_threads(self) -> int:
-        """Threads that compute. With a thread on every core, whatever else runs (a read, another
-        process) makes all of them wait at every barrier: 0.6 ms an expert became up to 40."""
+        """Threads that torch computes with, and beside a GPU the kernels, too.
+
+        With a thread on every core, whatever else runs (a read, another process) makes all of them
+        wait at every barrier of torch's: 0.6 ms an expert became up to 40.
+        """
         return self.threads or max(1, len(os.sched_getaffinity(0)) - 1)
 
     def __post_init__(self) -> None:

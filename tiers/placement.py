@@ -67,8 +67,8 @@ class Placement:
         self.policy, self.queue, self.ledger = policy, queue, ledger
         self.class_of_layer = [layer.record_class for layer in manifest.layers]
         self.top_k = [layer.top_k for layer in manifest.layers]
-        sizes = [len(layer.records) for layer in manifest.layers]
-        self.first = np.cumsum([0, *sizes]).astype(np.int64)
+        self.sizes = np.array([len(layer.records) for layer in manifest.layers], np.int64)
+        self.first = np.cumsum([0, *self.sizes]).astype(np.int64)
         self._first: list[int] = self.first.tolist()
         self.homes: dict[int, Home] = {}
         self.backed: NDArray[np.bool_] | None = None

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tierrun.io.store import ExpertKey
 from tierrun.io.tickets import Priority, State, Ticket
@@ -51,6 +52,22 @@ class Residency:
         """Tell the policy that `experts` were chosen at this step."""
         placement = self.placement
         placement.policy.used(placement.indices(layer, experts), placement.step)
+
+    def expects(self, layer: int) -> bool:
+        """Whether something was read ahead for `layer`, so that a lease must account for it."""
+        return bool(self._ahead[layer])
+
+    def served(self, experts: NDArray[np.int64]) -> None:
+        """Distinct `experts`, numbered over all layers, were used at this step where they lay,
+        without a lease, and nothing has moved since; only where nothing is ever promoted."""
+        placement = self.placement
+        tier, count = placement.landing, len(experts)
+        placement.policy.used(experts, placement.step)
+        tier.proven[[placement.homes[expert].slot for expert in experts.tolist()]] = True
+        if tier is placement.hot:
+            placement.ledger.counters.hot += count
+        else:
+            placement.ledger.counters.warm += count
 
     # -- decode ---------------------------------------------------------------------------------
 
@@ -119,14 +136,22 @@ class Residency:
 
     # -- look-ahead -----------------------------------------------------------------------------
 
-    def look_ahead(self, layer: int, experts: Sequence[int]) -> None:
+    def look_ahead(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        *,
+        beside: tuple[int, Sequence[int]] = (0, ()),
+    ) -> None:
         """Queue reads of what `layer` is expected to want, behind every demand.
 
-        Uses free and evictable slots only, and evicts none of the expected experts.
+        Uses free and evictable slots only, and evicts none of the expected experts; nor those
+        `beside`, of another layer, which are in use without a lease.
         """
         placement = self.placement
         homes = {expert: placement.home(layer, expert) for expert in experts}
-        kept = [home for home in homes.values() if home is not None]
+        used = [placement.home(beside[0], expert) for expert in beside[1]]
+        kept = [home for home in (*homes.values(), *used) if home is not None]
         for tier, slot in kept:
             tier.leases[slot] += 1
         pairs = []

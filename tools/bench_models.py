@@ -14,7 +14,9 @@ from tierrun.tools.bench import CompareFile, CsvFile, Device, JsonFile, MdFile, 
 _DEFAULT = Options()
 
 Io = Annotated[str, typer.Option("--io", help="How shards are read: auto, direct, mmap, …")]
-Threads = Annotated[int, typer.Option("-t", "--threads", min=0, help="0: all cores but one.")]
+Threads = Annotated[
+    int, typer.Option("-t", "--threads", min=0, help="0: all cores; torch one less.")
+]
 
 
 def add_model_commands(app: typer.Typer) -> None:

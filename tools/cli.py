@@ -74,7 +74,8 @@ def run(
         int, typer.Option("-c", "--ctx-size", "--max-model-len", help="Context; 0: the model's.")
     ] = _DEFAULT.context,
     threads: Annotated[
-        int, typer.Option("-t", "--threads", envvar="TIERRUN_THREADS", help="0: all but one core.")
+        int,
+        typer.Option("-t", "--threads", envvar="TIERRUN_THREADS", help="0: all; torch one less."),
     ] = _DEFAULT.threads,
     ubatch: Annotated[
         int,

@@ -193,6 +193,11 @@ class HostExperts:
         )
 
     @property
+    def widths(self) -> tuple[int, int]:
+        """Of a row of `hidden`, and of one of `out`."""
+        return self._hidden, self._outer
+
+    @property
     def workers(self) -> "Workers":
         """Its threads."""
         return self._workers

@@ -43,7 +43,7 @@ class Int8Ready:
     def _run(self, geometries: list[Geometry]) -> None:
         started = time.perf_counter()
         try:
-            from tierrun.engine.kernels import int8_many, int8_tasks
+            from tierrun.engine.kernels import int8_many, int8_tasks, token_ready
 
             for geometry in geometries:
                 int8_tasks.tile_function(geometry)
@@ -52,6 +52,7 @@ class Int8Ready:
                 module.linear()
                 module.tasks(0, 0)
             int8_many.prepare()
+            token_ready.compile_all()
         except BaseException as error:  # to be raised where somebody waits
             self._error = error
         log.debug("the CPU's kernels were ready in %.1f s", time.perf_counter() - started)

@@ -85,6 +85,10 @@ class Workers:
         """Be the one caller; `release`, or `finish` if a job is open then, must follow."""
         self._lock.acquire()
 
+    def try_claim(self) -> bool:
+        """`claim`, unless somebody else is the one caller; whether it worked."""
+        return self._lock.acquire(blocking=False)
+
     def release(self) -> None:
         """No job is open."""
         self._lock.release()

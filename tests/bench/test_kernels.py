@@ -179,8 +179,8 @@ def test_compiled_calls_are_right(kernel: str, layer: Layer, codec: str, toleran
     [
         (EXPERTS, "q4_k", "int8", 8, None),
         (MATRIX, "q4_k", "int8", 8, None),
-        (EXPERTS, "q4_k", "int8", 9, "more than 8 tokens"),
-        (MATRIX, "q4_k", "int8", 9, "more than 8 tokens"),
+        (EXPERTS, "q4_k", "int8", 9, None),
+        (MATRIX, "q4_k", "int8", 9, None),
         (EXPERTS, "bf16", "int8", 1, "plain numbers"),
         (MATRIX, "bf16", "int8", 1, "plain numbers"),
         (EXPERTS, "fp8_g128_f32", "int8", 1, "some are fractions"),

@@ -91,7 +91,7 @@ class Machine:
 
 
 def _host_key(what: str) -> str:
-    threads = Options().num_threads
+    threads = Options().kernel_threads
     return f"{_cpu_name()} ({platform.machine()}), {threads} of {os.cpu_count()} threads: {what}"
 
 
@@ -118,7 +118,7 @@ def _measure_host() -> tuple[float, ...]:
 def _kernel_bandwidth(record: RecordClass) -> float:
     """Bytes per second of one token through records in turn."""
     count = max(1, _distinct_bytes() // record.nbytes)
-    kernels = cpu_kernels(Options().num_threads, exact=False)
+    kernels = cpu_kernels(Options().kernel_threads, exact=False)
     matrices = [m for m in record.matrices if len(m.shape) == 2]
     memory = OrdinaryMemory().allocate(count * record.nbytes).fill_(_SANE_BYTE)
     records = (memory[i * record.nbytes : (i + 1) * record.nbytes] for i in range(count))

@@ -1,0 +1,146 @@
+"""Tokens in few compiled calls on the CPU: which modules, and that nothing else changes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.checkpoints import quiet
+from tests.engine.conftest import PROMPT, Model
+from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+import tierrun
+from tierrun.engine.cores import physical_cores
+from tierrun.engine.engine import Engine
+from tierrun.engine.host.attention import QuickAttention
+from tierrun.engine.host.cache import GrowingLayer, let_grow
+from tierrun.engine.host.linears import QuickLinear
+from tierrun.engine.host.norms import TokenNorm, quicken_norms
+from tierrun.engine.host.routers import QuickRouter
+from tierrun.engine.host.threads import TorchThreads
+from tierrun.engine.kernels.token_experts import TokenExperts
+
+TOKENS = PROMPT[:12]
+
+
+@pytest.fixture(scope="module")
+def packed(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that can be in Q8_0 is."""
+    store = tmp_path_factory.mktemp("quick") / "store"
+    with quiet():
+        tierrun.convert(model.checkpoint, store, quant="q8_0", quant_resident="q8_0")
+    return store
+
+
+def opened(store: Path, **options: Any) -> Engine:
+    return tierrun.load(store, **{"ram": "1GiB", "device": "cpu"} | options)
+
+
+def fed(engine: Engine) -> torch.Tensor:
+    """Logits after each token, one at a time."""
+    session = engine.session()
+    return torch.stack([session.prefill([token]) for token in TOKENS])
+
+
+def count(engine: Engine, kind: type[nn.Module]) -> int:
+    return sum(isinstance(module, kind) for module in engine.model.modules())
+
+
+def test_what_is_recognised_is_computed_so_and_not_with_exact(packed: Path) -> None:
+    with opened(packed) as quick, opened(packed, exact=True) as exact:
+        layers = len(quick.store.manifest.layers)
+        for kind, wanted in ((QuickAttention, layers), (QuickRouter, layers), (QuickLinear, 1)):
+            assert count(quick, kind) >= wanted and count(exact, kind) == 0
+        assert count(quick, TokenNorm) > 2 * layers and count(exact, TokenNorm) == 0
+        near, wanted_logits = fed(quick), fed(exact)
+        assert not torch.equal(near, wanted_logits)
+        assert (near - wanted_logits).norm() < 0.1 * wanted_logits.norm()
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """For each layer that wanted it, whether a token's experts were computed without a lease."""
+    found: list[bool] = []
+    plain = TokenExperts.begin
+
+    def begin(self: TokenExperts, hidden: int, top_k: int) -> bool:
+        found.append(plain(self, hidden, top_k))
+        return found[-1]
+
+    monkeypatch.setattr(TokenExperts, "begin", begin)
+    yield found
+
+
+def test_logits_and_books_do_not_depend_on_the_way_of_a_token(
+    packed: Path, begun: list[bool]
+) -> None:
+    with opened(packed) as roomy:
+        fed(roomy)
+        before, usage = roomy.ledger.snapshot(), [row.clone() for row in roomy.hook.usage]
+        begun.clear()
+        wanted = fed(roomy)
+        counters, layers = roomy.ledger.snapshot() - before, len(roomy.store.manifest.layers)
+        assert begun and all(begun) and counters.warm == counters.lookups
+        assert all(torch.equal(2 * x, y) for x, y in zip(usage, roomy.hook.usage, strict=True))
+        timings = list(roomy.ledger.timings)[-layers - 1 :]
+        assert [timing.layer for timing in timings] == list(range(layers + 1))
+        assert all(timing.hits > 0 and timing.resident > 0 for timing in timings[:-1])
+        roomy.check_integrity()
+    small = {"ram": str(128 << 10)}
+    for options in (small, small | {"lookahead": False}, {"vram": "64KiB"}, {"threads": 2}):
+        with opened(packed, **options) as engine:
+            fed(engine)
+            before = engine.ledger.snapshot()
+            assert torch.equal(fed(engine), wanted), options
+            assert (engine.ledger.snapshot() - before).lookups == counters.lookups
+            assert all(torch.equal(2 * x, y) for x, y in zip(usage, engine.hook.usage, strict=True))
+            engine.check_integrity()
+
+
+def test_a_cache_grows_to_what_transformers_own_holds() -> None:
+    theirs, ours = DynamicCache(), DynamicCache()
+    for length in (3, 1, 1, 300, 1, 700):
+        states = torch.randn(1, 2, length, 8), torch.randn(1, 2, length, 8)
+        wanted = theirs.update(*states, 0)
+        found = ours.update(*states, 0)
+        assert all(map(torch.equal, wanted, found))
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        let_grow(ours)
+        assert type(ours.layers[0]) is GrowingLayer and type(theirs.layers[0]) is DynamicLayer
+        assert ours.layers[0].get_mask_sizes(2) == theirs.layers[0].get_mask_sizes(2)
+
+
+class _Other(nn.Module):
+    """Called a norm, but it is none of root mean squares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8), requires_grad=False), 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / (x.abs().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class OtherNorm(_Other):
+    """Its name is looked at first."""
+
+
+def test_what_is_not_recognised_stays_as_it_is() -> None:
+    norm = OtherNorm()
+    assert quicken_norms(norm) == 0 and type(norm) is OtherNorm
+
+
+def test_torch_has_one_thread_where_kernels_compute() -> None:
+    before = torch.get_num_threads()
+    try:
+        for quick, tokens, wanted in ((True, 1, 1), (True, 9, 2), (False, 1, 2)):
+            TorchThreads(2, quick=quick).before(tokens)
+            assert torch.get_num_threads() == wanted
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_there_is_a_core_to_run_on() -> None:
+    assert physical_cores() >= 1
