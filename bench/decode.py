@@ -3,9 +3,9 @@ inside a memory cgroup. Prints one JSON document.
 
     python -m tierrun.bench.decode STORE --ram 1GiB --warmup 32 --tokens 32
 
-A prompt of 8 tokens and then `warmup` tokens come first and are not measured: the cache learns from
-them what the stream wants. Where that is asked for, the second of two longer prompts is measured
-afterwards.
+The order is llama-bench's: where prompts are asked for, the second of two comes first; then tokens
+that are not measured, from which the cache learns what the stream wants (`warmup` of them after a
+prompt of 8); then, in a context of their own after another prompt of 8, those that are.
 """
 
 import json
@@ -73,12 +73,14 @@ def decode(
     prompt: int = 0,
     routing: Routing | None = None,
 ) -> DecodeRun:
-    """Feed the stream (of the store's routing, if no other is named); what the last `tokens` of it
-    cost, and then a prompt of `prompt`."""
-    stream = _stream(engine, PROMPT_TOKENS + warmup + tokens + 1 + 2 * prompt, routing)
-    records = _records(engine, stream[: PROMPT_TOKENS + warmup + tokens + 1])
-    for _ in range(1 + warmup):  # the first record is the prompt's
-        next(records)
+    """Feed the stream (of the store's routing, if no other is named); what a prompt of `prompt`
+    and then `tokens` after `warmup` cost."""
+    stream = _stream(engine, 2 * (prompt + PROMPT_TOKENS + 1) + warmup + tokens, routing)
+    prompt_seconds = _prompt_seconds(engine, _take(stream, prompt), _take(stream, prompt))
+    for _ in _records(engine, _take(stream, PROMPT_TOKENS + warmup + 1)):
+        pass
+    records = _records(engine, stream)
+    next(records)  # the prompt's
     counters, timings = engine.ledger.snapshot(), len(engine.ledger.timings)
     queue = engine.queue.figures()
     seconds = [_timed(records) for _ in range(tokens)]
@@ -94,16 +96,25 @@ def decode(
         resident_bytes=stats.resident_bytes,
         warm_bytes=stats.warm_bytes,
         prompt_tokens=prompt,
-        prompt_seconds=_prompt_seconds(engine, stream, prompt) if prompt else 0.0,
+        prompt_seconds=prompt_seconds,
         peak_rss=peak_rss(),
     )
 
 
-def _prompt_seconds(engine: Engine, stream: list[int], count: int) -> float:
-    """Of the last `count` tokens of the stream, after those before them were a prompt too."""
-    engine.session().prefill(stream[-2 * count : -count])
+def _take(stream: list[int], count: int) -> list[int]:
+    """The next `count` tokens, which are gone from it."""
+    taken = stream[:count]
+    del stream[:count]
+    return taken
+
+
+def _prompt_seconds(engine: Engine, before: list[int], measured: list[int]) -> float:
+    """Of a prompt, after another; 0 where they are empty."""
+    if not measured:
+        return 0.0
+    engine.session().prefill(before)
     session, started = engine.session(), time.perf_counter()
-    session.prefill(stream[-count:])
+    session.prefill(measured)
     return time.perf_counter() - started
 
 

@@ -257,6 +257,10 @@ def bench_peers(
         list[str] | None,
         typer.Option("--llama-args", help="Its further arguments; repeat it for several arms."),
     ] = None,
+    tierrun_args: Annotated[
+        list[str] | None,
+        typer.Option("--tierrun-args", help="Of tierrun, likewise: '--threads 2'."),
+    ] = None,
     arms: Annotated[
         str | None,
         typer.Option(
@@ -297,7 +301,7 @@ def bench_peers(
     from tierrun.bench.model_run import device_of
     from tierrun.bench.outputs import Outputs
     from tierrun.bench.peers import run_peers
-    from tierrun.bench.peers_arms import Setting
+    from tierrun.bench.peers_setting import Setting
     from tierrun.bench.report import open_console
     from tierrun.io.extent import parse_bytes
 
@@ -319,8 +323,11 @@ def bench_peers(
         timeout,
         llama_bench,
         tuple(llama_args or [""]),
+        tuple(tierrun_args or [""]),
         None if arms is None else tuple(word.strip() for word in arms.split(",")),
     )
     with ended_by_signals():
-        results, sheets = run_peers(setting, rounds)
-    outputs.deliver(results, sheets, open_console(), old)
+        found = run_peers(setting, rounds)
+    outputs.deliver(found.results, found.sheets, open_console(), old)
+    if found.ended is not None:
+        raise found.ended
