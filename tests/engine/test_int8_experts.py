@@ -140,9 +140,7 @@ def decoded(store: Path, tokens: int = 1, **options: object) -> torch.Tensor:
         return engine.logits(PROMPT)
 
 
-def test_the_same_bits_for_any_budget(
-    packed: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_same_bits_for_any_budget(packed: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "tierrun"):
         wanted = decoded(packed)
     assert "int8 activations for experts in 4 of 4 layers" in caplog.text
