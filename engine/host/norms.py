@@ -9,9 +9,6 @@ from tierrun.engine.host.classes import become
 from tierrun.engine.kernels.reals import rms_norm
 from tierrun.engine.recognise import RmsNorm, rms_norm_of
 
-_FEW = 128
-"""Rows (heads of a token among them); with more, torch's threads are faster."""
-
 
 class TokenNorm(nn.Module):
     """An RMS norm of which `known` says what it computes."""
@@ -19,10 +16,11 @@ class TokenNorm(nn.Module):
     known: RmsNorm
 
     def forward(self, hidden_states: torch.Tensor) -> Any:
-        count = self.known.scale.numel()
-        rows = hidden_states.numel() // count
-        if rows > _FEW or not hidden_states.is_contiguous():
+        shape, count = hidden_states.shape, self.known.scale.numel()
+        one = shape[0] == 1 and (len(shape) < 3 or shape[1] == 1)
+        if not one or not hidden_states.is_contiguous():
             return super().forward(hidden_states)
+        rows = hidden_states.numel() // count  # heads, where there are any
         y = torch.empty_like(hidden_states)
         source, scale = hidden_states.data_ptr(), self.known.scale.data_ptr()
         rms_norm(source, scale, rows, count, self.known.eps, y.data_ptr())

@@ -24,6 +24,8 @@ def quicken(model: Any, kernels: Int8Linear, threads: int) -> bool:
     is left to torch."""
     shared = workers(max(1, min(threads, len(os.sched_getaffinity(0)))))
     taken, left = quicken_linears(model, kernels, shared)
+    if not taken:  # nothing is packed: all stays as transformers computes it
+        return False
     norms, routers = quicken_norms(model), quicken_routers(model, shared)
     heads = quicken_attention(model, shared)
     layers = quicken_layers(model)

@@ -59,6 +59,19 @@ def test_what_is_recognised_is_computed_so_and_not_with_exact(packed: Path) -> N
         assert (near - wanted_logits).norm() < 0.1 * wanted_logits.norm()
 
 
+def test_prompts_and_stores_without_packed_weights_are_none_of_it(
+    packed: Path, model: Model
+) -> None:
+    with opened(model.store) as plain:
+        assert count(plain, TokenNorm) == count(plain, QuickRouter) == 0
+    norm = nn.RMSNorm(16, eps=1e-6).requires_grad_(False)
+    prompt, token = torch.randn(1, 7, 16), torch.randn(1, 1, 16)
+    wanted = norm(prompt), norm(token)
+    assert quicken_norms(norm) == 1
+    assert torch.equal(norm(prompt), wanted[0])
+    torch.testing.assert_close(norm(token), wanted[1])
+
+
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """For each layer that wanted it, whether a token's experts were computed without a lease."""
