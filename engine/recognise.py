@@ -4,6 +4,7 @@ Architectures write the same norm and the same router in many ways. A module tha
 formula gives may be computed by a kernel; any other is left as it is.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ class RmsNorm(NamedTuple):
 
 def rms_norm_of(module: Any) -> RmsNorm | None:
     """The RMS norm that `module` is: with its weight, or with one plus its weight."""
-    if not _looks_like_norm(module):
+    if not _looks_like_norm(module) or not _takes_one(module):
         return None
     eps = next((getattr(module, n) for n in _EPSILONS if hasattr(module, n)), None)
     weight = module.weight.data
@@ -37,13 +38,18 @@ def rms_norm_of(module: Any) -> RmsNorm | None:
     try:
         with torch.no_grad():
             wanted = module(x)
-    except (TypeError, RuntimeError):  # it takes more than hidden states (a gate)
+    except (TypeError, RuntimeError, AttributeError):  # it wants something else
         return None
     for scale in _SCALES:
         found = _normed(x, scale(weight), eps)
         if wanted.shape == found.shape and torch.allclose(found, wanted, rtol=1e-5, atol=1e-6):
             return RmsNorm(scale(weight).contiguous(), eps)
     return None
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Whether it is called with hidden states alone; no gate, be it optional."""
+    return len(inspect.signature(module.forward).parameters) == 1
 
 
 def _looks_like_norm(module: nn.Module) -> bool:
@@ -73,7 +79,7 @@ class PlainRouter(NamedTuple):
 
 def plain_router_of(module: Any, top_k: int) -> PlainRouter | None:
     """The router that `module` is; None for any other (sigmoids, groups, corrections)."""
-    if not _looks_like_router(module):
+    if not _looks_like_router(module) or not _takes_one(module):
         return None
     weight = module.weight.data
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +87,7 @@ def plain_router_of(module: Any, top_k: int) -> PlainRouter | None:
     try:
         with torch.no_grad():
             wanted = module(x)
-    except (TypeError, RuntimeError):  # it takes more than hidden states
+    except (TypeError, RuntimeError, AttributeError):  # it wants something else
         return None
     for renormalise in (True, False):
         if _same(wanted, _routed(x, weight, top_k, renormalise)):

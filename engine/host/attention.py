@@ -81,6 +81,8 @@ def _candidates(module: Any, workers: Workers) -> Iterator[TokenAttention]:
     if not all(isinstance(children[name], TokenNorm) for name in norms):
         return
     rows = [linear.quick.rows for linear in linears]
+    if rows[0] != linears[-1].quick.columns:  # some of the queries are something else: a gate
+        return
     if not isinstance(size, int) or not isinstance(scale, float) or not _divided(rows, size):
         return
     if len({linear.quick.columns for linear in linears[:-1]}) > 1:

@@ -98,6 +98,10 @@ def _candidate(layer: nn.Module, block: nn.Module, routed: nn.Module) -> TokenLa
         return None
     if set(block.children()) != {router, routed}:
         return None
+    width = attention.quick.columns
+    widths = [norm.known.scale.numel() for norm in norms]
+    if {*widths, router.quick.hidden, attention.quick.rows} != {width}:
+        return None
     return TokenLayer(norms[0].known, attention.quick, norms[1].known, router.quick)
 
 

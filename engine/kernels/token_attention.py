@@ -55,7 +55,7 @@ class TokenAttention:
         key_norm: RmsNorm | None,
     ) -> None:
         assert project.rows == (heads.queries + 2 * heads.keys) * heads.size
-        self.heads, self.columns = heads, project.columns
+        self.heads, self.columns, self.rows = heads, project.columns, back.rows
         self._products = project, back
         self._norms = query_norm, key_norm
         self._workers = project.workers
@@ -108,7 +108,7 @@ class TokenAttention:
         """
         keys, values = cache
         self.reserve(length)
-        y = torch.empty(self._products[1].rows)
+        y = torch.empty(self.rows)
         self._workers.claim()
         attend(
             self.address,

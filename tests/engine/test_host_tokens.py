@@ -8,12 +8,14 @@ import pytest
 import torch
 from tests.checkpoints import quiet
 from tests.engine.conftest import PROMPT, Model
+from tests.engine.models import save_runnable
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import tierrun
 from tierrun.engine.cores import physical_cores
 from tierrun.engine.engine import Engine
+from tierrun.engine.host import tokens
 from tierrun.engine.host.attention import QuickAttention
 from tierrun.engine.host.cache import GrowingLayer, let_grow
 from tierrun.engine.host.linears import QuickLinear
@@ -23,6 +25,10 @@ from tierrun.engine.host.threads import TorchThreads
 from tierrun.engine.kernels.token_experts import TokenExperts
 
 TOKENS = PROMPT[:12]
+UNUSUAL = (
+    *("qwen3_next", "qwen3_5_moe_text", "kimi_linear", "bailing_hybrid", "granitemoehybrid"),
+    *("jamba", "minimax", "gpt_oss", "deepseek_v3", "granitemoe", "mixtral"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +76,24 @@ def test_prompts_and_stores_without_packed_weights_are_none_of_it(
     assert quicken_norms(norm) == 1
     assert torch.equal(norm(prompt), wanted[0])
     torch.testing.assert_close(norm(token), wanted[1])
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_packed_stores_of_unusual_families_run(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their norms or queries may be gated, their layers recurrent: such parts stay as they are."""
+    save_runnable(family, tmp_path / "checkpoint")
+    with quiet():
+        tierrun.convert(
+            tmp_path / "checkpoint", tmp_path / "store", quant="q8_0", quant_resident="q8_0"
+        )
+    with opened(tmp_path / "store") as engine:
+        found = fed(engine)
+    monkeypatch.setattr(tokens, "quicken", lambda *_: False)
+    with opened(tmp_path / "store") as engine:
+        wanted = fed(engine)
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
 
 
 @pytest.fixture
