@@ -144,6 +144,8 @@ class ReadQueue:
                     self._end(ticket, State.DROPPED)
                 elif ticket.state is State.READING:
                     ticket.unwanted = True
+                    if ticket.parts_in_flight == 0 and not self._is_issued(ticket):
+                        self._finish(ticket, State.DROPPED)  # others went before its next part
 
     def arrivals(self, tickets: Sequence[Ticket]) -> Iterator[Ticket]:
         """The tickets in the order in which they end; blocks while none has."""

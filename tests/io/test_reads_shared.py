@@ -72,6 +72,25 @@ def test_a_dropped_read_under_way_issues_no_further_part() -> None:
     assert len(reader.calls) == 2
 
 
+def test_a_dropped_read_between_two_of_its_parts_ends() -> None:
+    """What is more urgent has gone before its next part: no part of it will ever come back."""
+    tiny = tiny_store([Experts(2, 1, pages=3)])
+    reader = FakeReader(tiny.images)
+    hold(reader)
+    with reading(tiny, reader, depth=1) as queue:
+        (ahead,) = queue.submit([request(tiny, 0, 0, LOOKAHEAD)])
+        wait_until(lambda: len(reader.calls) == 1)
+        (urgent,) = queue.submit([request(tiny, 0, 1)])
+        first = reader.calls[0][:2]
+        reader.held = lambda shard, offset: (shard, offset) != first
+        wait_until(lambda: len(reader.calls) == 2)
+        queue.drop([ahead])
+        assert ahead.state is State.DROPPED
+        let_go(reader)
+        assert finish(queue, [ahead, urgent]) == [ahead, urgent]
+        assert urgent.state is State.DONE
+
+
 def test_a_dropped_read_with_all_parts_issued_is_done(tiny: TinyStore) -> None:
     reader = FakeReader(tiny.images)
     hold(reader)
