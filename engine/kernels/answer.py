@@ -9,11 +9,11 @@ a journal; where the CPU has a part, its threads begin at once. What is absent i
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from tierrun.engine.kernels.host_job import JOB_WORDS, RECORDS, arrange
 from tierrun.engine.kernels.int8_tasks import prepare
+from tierrun.engine.kernels.jit import njit
 from tierrun.engine.kernels.native import load_atomic, nanoseconds, pause, store_atomic, word
 from tierrun.engine.kernels.workers import begin, finish
 

@@ -9,9 +9,8 @@ of which were begun before it: there is no barrier, and no task waits for one th
 from functools import lru_cache
 from typing import Any
 
-from numba import cfunc, njit
-
 from tierrun.engine.kernels.host_sums import TOGETHER
+from tierrun.engine.kernels.jit import cfunc, njit
 from tierrun.engine.kernels.native import add_atomic, call_three, load_atomic, put_word, word
 from tierrun.engine.kernels.workers import rest
 

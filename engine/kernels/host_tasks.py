@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import cfunc, njit
 
 from tierrun.engine.codecs import codec, planes
 from tierrun.engine.codecs.planes import TILE_ROWS
@@ -45,6 +44,7 @@ from tierrun.engine.kernels.host_job import (
     pair,
 )
 from tierrun.engine.kernels.host_sums import TOGETHER, plain_number, tile_sums
+from tierrun.engine.kernels.jit import cfunc, njit
 from tierrun.engine.kernels.matmul import Operand
 from tierrun.engine.kernels.matvec import DTYPE_KINDS, GATES, Gate
 from tierrun.engine.kernels.native import put_real, real, stack, word

@@ -7,8 +7,6 @@ As those of `int8_tasks`, but a row of a job's table, or a part of a matrix's to
 from functools import lru_cache
 from typing import Any
 
-from numba import cfunc, njit
-
 from tierrun.engine.codecs.planes import TILE_ROWS
 from tierrun.engine.kernels.geometry import COLUMNS, ROWS
 from tierrun.engine.kernels.host_job import (
@@ -45,6 +43,7 @@ from tierrun.engine.kernels.int8_tasks import (
     tiles,
     tiles_of,
 )
+from tierrun.engine.kernels.jit import cfunc, njit
 from tierrun.engine.kernels.native import call_six, put_real, real, stack, word
 
 SLICE = 8

@@ -10,10 +10,11 @@ activation is not finite the scale is NaN, and so is every product.
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from tierrun.engine.kernels.jit import njit
 from tierrun.engine.kernels.lanes import BYTE, F32, I32, I64, Lanes, offset_by, total
 from tierrun.engine.kernels.native import at, put_real, real, stack
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from llvmlite import binding
-from numba import cfunc, njit
 from numpy.typing import NDArray
 
 from tierrun.engine.codecs import codec, planes
@@ -61,6 +60,7 @@ from tierrun.engine.kernels.int8_rows import (
     row_bytes,
 )
 from tierrun.engine.kernels.int8_tile import TOGETHER, tile_dots, without_shape
+from tierrun.engine.kernels.jit import cfunc, njit
 from tierrun.engine.kernels.matmul import Operand
 from tierrun.engine.kernels.matvec import DTYPE_KINDS, GATES, Gate
 from tierrun.engine.kernels.native import call_six, put_real, put_word, real, stack, word

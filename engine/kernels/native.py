@@ -3,9 +3,6 @@
 
 Intrinsics of numba: each is one or two instructions. An address is an int64. Importing this module
 imports numba, which takes a second: nothing imports it before kernels are wanted.
-
-numba keeps compiled code by the file it is in, and does not see that an intrinsic has changed:
-whoever changes one here touches `workers.py`, too.
 """
 
 import platform

@@ -5,9 +5,10 @@ Sums may be taken in any order (one and the same on a machine): nothing here is 
 """
 
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
+from tierrun.engine.kernels.jit import njit
 from tierrun.engine.kernels.native import F32, I32, at
 
 ANY_ORDER = {"reassoc", "nsz", "contract"}

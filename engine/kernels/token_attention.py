@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import cfunc, njit, types
+from numba import types
 
+from tierrun.engine.kernels.jit import cfunc, njit
 from tierrun.engine.kernels.native import put_real, put_word, real, word
 from tierrun.engine.kernels.reals import add_times, dot, exponentials, reals, rms_norm
 from tierrun.engine.kernels.token_products import TokenProducts, multiply

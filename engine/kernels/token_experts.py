@@ -7,7 +7,6 @@ the books are kept once per token.
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 
 from tierrun.engine.kernels.host import HostExperts
@@ -21,6 +20,7 @@ from tierrun.engine.kernels.host_job import (
     UNQUANTISED,
 )
 from tierrun.engine.kernels.int8_tasks import prepare
+from tierrun.engine.kernels.jit import njit
 from tierrun.engine.kernels.native import nanoseconds, put_word, word
 from tierrun.engine.kernels.reals import weighted_sum
 from tierrun.engine.kernels.workers import begin, finish

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numba import njit
 
+from tierrun.engine.kernels.jit import njit
 from tierrun.engine.kernels.native import put_real, real, word
 from tierrun.engine.kernels.reals import rms_norm
 from tierrun.engine.kernels.token_attention import TokenAttention, attend

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numba import cfunc, njit
 
 from tierrun.engine.codecs.packed import Packed
 from tierrun.engine.codecs.planes import TILE_ROWS
@@ -19,6 +18,7 @@ from tierrun.engine.kernels.geometry import COLUMNS, ROWS, packed_geometry
 from tierrun.engine.kernels.int8_rows import quantise_row, row_bytes
 from tierrun.engine.kernels.int8_tasks import tile_function
 from tierrun.engine.kernels.int8_tile import TOGETHER
+from tierrun.engine.kernels.jit import cfunc, njit
 from tierrun.engine.kernels.native import call_six, put_real, put_word, real, stack, word
 from tierrun.engine.kernels.workers import begin, finish
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numba import cfunc, njit, types
+from numba import types
 
+from tierrun.engine.kernels.jit import cfunc, njit
 from tierrun.engine.kernels.native import put_real, put_word, real, word
 from tierrun.engine.kernels.reals import dot, exponentials
 from tierrun.engine.kernels.workers import begin, finish

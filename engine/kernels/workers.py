@@ -17,9 +17,9 @@ import threading
 import weakref
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from tierrun.engine.kernels.jit import njit
 from tierrun.engine.kernels.native import (
     add_atomic,
     call,
