@@ -119,26 +119,45 @@ def _nothing() -> None:
     pass
 
 
-_Pair = tuple[torch.cuda.Event, torch.cuda.Event]
+class _Moment:
+    """In a stream; its event goes back to `spare` when nobody who took it needs it any more."""
+
+    def __init__(self, stream: torch.cuda.Stream, spare: list[torch.cuda.Event] | None) -> None:
+        self.event = spare.pop() if spare else _Event(enable_timing=True)
+        self.event.record(stream)
+        self._spare, self._holders = spare, 0
+
+    def take(self) -> "_Moment":
+        self._holders += 1
+        return self
+
+    def let_go(self) -> None:
+        self._holders -= 1
+        if self._holders == 0 and self._spare is not None:
+            self._spare.append(self.event)
+
+    def is_to_come(self, spare: list[torch.cuda.Event] | None) -> bool:
+        """Whether somebody still waits for it, not in vain, and its event goes back to `spare`."""
+        query: Callable[[], bool] = self.event.query
+        return self._holders > 0 and self._spare is spare and not query()
 
 
 class _CudaCopy:
-    """Between two events, which go back to `spare` when it has been waited for."""
+    """Between two moments."""
 
-    def __init__(self, events: _Pair, spare: list[_Pair] | None) -> None:
-        self._events, self._spare, self._seconds = events, spare, -1.0
+    def __init__(self, begun: _Moment, ended: _Moment) -> None:
+        self._begun, self._ended, self._seconds = begun.take(), ended.take(), -1.0
 
     def wait(self) -> float:
         if self._seconds < 0:
-            begun, ended = self._events
-            ended.synchronize()
-            self._seconds = begun.elapsed_time(ended) / 1000
-            if self._spare is not None:
-                self._spare.append(self._events)
+            self._ended.event.synchronize()
+            self._seconds = self._begun.event.elapsed_time(self._ended.event) / 1000
+            self._begun.let_go()
+            self._ended.let_go()
         return self._seconds
 
     def is_done(self) -> bool:
-        query: Callable[[], bool] = self._events[1].query
+        query: Callable[[], bool] = self._ended.event.query
         return self._seconds >= 0 or query()
 
 
@@ -152,8 +171,10 @@ class CudaCopies:
         self._device = device
         self._up, self._down, self._aside = (_Stream(device) for _ in range(3))
         self._enqueued, self._fence = _Event(), _Event()
-        self._spare: list[_Pair] = []
+        self._spare: list[torch.cuda.Event] = []
         """Events that are in no copy: making one takes 15 µs on some machines."""
+        self._last_up: _Moment | None = None
+        """The end of the last copies to the device, if those that follow begin with it."""
 
     def to_device(self, pairs: Pairs) -> Copy:
         """See `Copies`."""
@@ -176,19 +197,29 @@ class CudaCopies:
         later.wait_event(self._fence)
 
     def _copy(self, stream: torch.cuda.Stream, pairs: Pairs, track: str) -> _CudaCopy:
-        begun, ended = events = self._spare.pop() if self._spare else _new_pair()
-        begun.record(stream)
+        recorded = records_device()
+        spare = None if recorded else self._spare
+        begun = self._begin(stream, spare)
         by_driver = copy_async()
         if by_driver is None:
             _copy_by_torch(stream, pairs)
         else:
             _copy_by_driver(by_driver, stream.cuda_stream, pairs)
-        ended.record(stream)
-        recorded = records_device()
+        ended = _Moment(stream, spare)
+        if stream is self._up:
+            self._last_up = ended
         if recorded:
             nbytes = sum(target.nbytes for target, _ in pairs)
-            between(track, f"{len(pairs)} records", begun, ended, nbytes)
-        return _CudaCopy(events, None if recorded else self._spare)
+            between(track, f"{len(pairs)} records", begun.event, ended.event, nbytes)
+        return _CudaCopy(begun, ended)
+
+    def _begin(self, stream: torch.cuda.Stream, spare: list[torch.cuda.Event] | None) -> _Moment:
+        """Where other copies are before these, it is their end: each event more, of the kind that
+        tells the time, holds a stream up by some 3 µs."""
+        last = self._last_up
+        if stream is self._up and last is not None and last.is_to_come(spare):
+            return last
+        return _Moment(stream, spare)
 
     def _compute(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._device)
@@ -202,7 +233,11 @@ class CudaCopies:
         """See `Copies`."""
         event = _Event()
         event.record(self._compute())
-        return lambda: self._up.wait_event(event)
+        return lambda: self._hold_back(event)
+
+    def _hold_back(self, event: torch.cuda.Event) -> None:
+        self._up.wait_event(event)
+        self._last_up = None
 
     def is_computing(self) -> bool:
         """See `Copies`."""
@@ -212,10 +247,6 @@ class CudaCopies:
     def synchronize(self) -> None:
         """See `Copies`."""
         torch.cuda.synchronize(self._device)
-
-
-def _new_pair() -> _Pair:
-    return _Event(enable_timing=True), _Event(enable_timing=True)
 
 
 def _copy_by_driver(copy: CopyAsync, stream: int, pairs: Pairs) -> None:

@@ -140,6 +140,7 @@ class CountedEvent:
     """Knows as how many-th it was recorded."""
 
     numbers = count(1)
+    done = True
 
     def __init__(self, **_: object) -> None:
         self.number = 0
@@ -149,6 +150,15 @@ class CountedEvent:
 
     def __float__(self) -> float:
         return float(self.number)
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: "CountedEvent") -> float:
+        return 1000.0 * (later.number - self.number)
 
 
 class IdleStream:
@@ -184,6 +194,23 @@ def test_copies_are_on_the_timeline(counted: CudaCopies) -> None:
         (DOWN, "1 records", 107, 108, 4096),
         (ASIDE, "1 records", 110, 111, 4096),
     ]
+
+
+def test_copies_begin_where_those_before_them_end(
+    counted: CudaCopies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CountedEvent, "done", False)
+    pair = bytes_of(0), bytes_of(1)
+    copies = [counted.to_device([pair]) for _ in range(3)]  # events 1 2, 3, 4
+    counted.to_host([pair])  # 5 (a fence), 6 (another), 7 8
+    hold_back = counted.computed()  # 9
+    after_others = counted.to_device([pair])  # 10
+    hold_back()
+    behind_the_barrier = counted.to_device([pair])  # 11 12
+    assert [copy.wait() for copy in copies] == [1, 1, 1]
+    assert [after_others.wait(), behind_the_barrier.wait()] == [6, 1]
+    assert counted.to_device([pair]).wait() == 1  # the last has been waited for
+    assert [copy.wait() for copy in copies] == [1, 1, 1]
 
 
 @on_cuda
