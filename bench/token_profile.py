@@ -51,11 +51,12 @@ def calls() -> dict[str, tuple[ModuleType, str]]:
         token_layer,
         token_products,
         token_router,
+        token_run,
     )
 
     return {
-        "layer, to its router": (token_layer, "_begin"),
-        "layer, its experts": (token_layer, "_finish"),
+        "layers": (token_run, "_through"),
+        "layer, its experts": (token_layer, "finish_layer"),
         "attention": (token_attention, "attend"),
         "router": (token_router, "route"),
         "experts, begun": (token_experts, "begin_experts"),

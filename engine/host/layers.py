@@ -1,78 +1,44 @@
-"""Whole decoder layers of a token in two compiled calls, where a layer is the usual one.
+"""Which decoder layers are the usual ones, whose tokens compiled code computes whole (`run.py`).
 
 That is: norm, attention, sum; norm, router, experts, sum. A layer whose parts are recognised is
 tried beside that formula, with something simple in its experts' place; any other goes on by itself.
 """
 
-from itertools import pairwise
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from tierrun.engine.architecture import experts_modules
-from tierrun.engine.experts import hook_of, standing_in
+from tierrun.engine.experts import standing_in
 from tierrun.engine.host.attention import QuickAttention
 from tierrun.engine.host.cache import GrowingLayer
 from tierrun.engine.host.classes import become
 from tierrun.engine.host.norms import TokenNorm
 from tierrun.engine.host.routers import QuickRouter
-from tierrun.engine.kernels.token_layer import ABSENT, LACKING, TokenLayer
+from tierrun.engine.host.run import LayerRun, RunLayer
+from tierrun.engine.kernels.token_layer import TokenLayer
+from tierrun.engine.kernels.token_run import TokenRun
 
 _PAST = 3
 
 
 class QuickLayer(nn.Module):
-    """Decoder layer `number` of those with experts, whose tokens `quick` computes.
+    """A decoder layer whose tokens `run` computes, in which it is number `at`."""
 
-    Its keys and values are number `place` in the cache; `routed` are its experts.
-    """
-
-    quick: TokenLayer
-    routed: nn.Module
-    number: int
-    place: int
-    following: TokenLayer | None = None
+    run: LayerRun
+    at: int
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hook, layer = hook_of(self.routed), self._layer(args, kwargs)
-        if layer is None or hook is None or hook.watches(self.number):
-            return super().forward(*args, **kwargs)
-        quick, x, length, present = self.quick, args[0], layer.length, hook.present
-        experts = None if present is None else present.ready(self.number)
-        rotation, room = kwargs["position_embeddings"], layer.reserve(1)
-        ahead = 0 if present is None else present.needed_next(self.number)
-        found = quick.begin(x, rotation, room, length, experts, self.following, ahead)
-        layer.advance(1)
-        if found == ABSENT or present is None or experts is None:
-            hook.saw(self.number, quick.hidden)
-            y = quick.sum + hook(self.routed, quick.hidden, quick.chosen, quick.scores)
-            return y.view(x.shape)
-        present.noted()
-        try:
-            if found == LACKING or (ahead and self.following is None):
-                present.beside(self.number, quick.hidden, quick.chosen)
-        finally:
-            y = quick.finish(experts)
-        return y.view(x.shape)
-
-    def _layer(self, args: tuple[Any, ...], given: dict[str, Any]) -> GrowingLayer | None:
-        """Of the cache, if the call is one that `quick` understands."""
-        cache, rotation = given.get("past_key_values"), given.get("position_embeddings")
-        if len(args) != 1 or cache is None or rotation is None or self.place >= len(cache.layers):
-            return None
-        if given.get("attention_mask") is not None:
-            return None
-        layer = cache.layers[self.place]
-        if type(layer) is not GrowingLayer or not self.quick.attention.takes(args[0], rotation):
-            return None
-        return layer
+        y = self.run(self.at, args, kwargs)
+        return super().forward(*args, **kwargs) if y is None else y
 
 
 def quicken_layers(model: Any) -> int:
     """Let the usual decoder layers of `model` compute tokens so; how many there are. Comes last, as
     it looks for parts that are quick already."""
-    found: list[QuickLayer] = []
+    found: list[tuple[nn.Module, RunLayer]] = []
     for number, path in enumerate(experts_modules(model)):
         block_path = path.rpartition(".")[0]
         layer = model.get_submodule(block_path.rpartition(".")[0])
@@ -80,13 +46,24 @@ def quicken_layers(model: Any) -> int:
         quick = _candidate(layer, block, routed)
         if quick is not None and _agrees(layer, quick, routed):
             place = _part(layer, QuickAttention).layer_idx
-            become(layer, QuickLayer, quick=quick, routed=routed, number=number, place=place)
-            assert isinstance(layer, QuickLayer)
-            found.append(layer)
-    for one, other in pairwise(found):
-        if other.number == one.number + 1:
-            object.__setattr__(one, "following", other.quick)
+            found.append((layer, RunLayer(quick, routed, number, place)))
+    for together in _runs(found):
+        run = LayerRun([layer for _, layer in together])
+        for at, (module, _) in enumerate(together):
+            become(module, QuickLayer, run=run, at=at)
     return len(found)
+
+
+def _runs(found: list[tuple[nn.Module, RunLayer]]) -> Iterator[list[tuple[nn.Module, RunLayer]]]:
+    """Those that follow one another, and are of one width and rotation."""
+    together: list[tuple[nn.Module, RunLayer]] = []
+    for module, layer in found:
+        if together and not layer.follows(together[-1][1]):
+            yield together
+            together = []
+        together.append((module, layer))
+    if together:
+        yield together
 
 
 def _candidate(layer: nn.Module, block: nn.Module, routed: nn.Module) -> TokenLayer | None:
@@ -145,7 +122,9 @@ def _agrees(layer: nn.Module, quick: TokenLayer, routed: nn.Module) -> bool:
             )
     except (TypeError, RuntimeError, AttributeError):  # it wants other things
         return False
-    quick.begin(x, rotation, ours.reserve(1), _PAST, None, None, 0)
+    run = TokenRun([quick])
+    run.prepare(0, ours.reserve(1), _PAST, None, 0)
+    run.through(0, 0, x, rotation, _PAST)  # no experts: it ends before them
     found = quick.sum + _simple(routed, quick.hidden, quick.chosen, quick.scores)
     if not isinstance(wanted, torch.Tensor) or wanted.numel() != found.numel():
         return False

@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""A whole decoder layer for one token in two compiled calls: all up to its experts, and these.
+"""A whole decoder layer for one token in compiled code: all up to its experts, and these.
 
 Between two layers the machine has read megabytes of weights, and finds little of Python in its
 caches: what counts is how much code a layer goes through, not how fast it is when it is warm.
+`token_run.py` goes through one layer after another.
 """
 
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 ABSENT, BEGUN, LACKING = 0, 1, 2
-"""What `TokenLayer.begin` returns."""
+"""What `begin_layer` returns."""
 
 
 class TokenLayer:
@@ -43,7 +44,7 @@ class TokenLayer:
     ) -> None:
         size = attention.columns
         self._kept = first, attention, second, router
-        self._workers = router.workers
+        self.workers = router.workers
         self.attention, self.columns = attention, size
         self.sum, self.hidden = torch.zeros(1, size), torch.zeros(1, size)
         self.scores = torch.zeros(1, router.top_k)
@@ -58,47 +59,12 @@ class TokenLayer:
         numbers[_FIRST_EPS // 4], numbers[_SECOND_EPS // 4] = first.eps, second.eps
         self.address: int = self._table.ctypes.data
 
-    def begin(
-        self,
-        x: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor],
-        cache: tuple[torch.Tensor, torch.Tensor],
-        length: int,
-        experts: "TokenExperts | None",
-        following: "TokenLayer | None",
-        addresses: int,
-    ) -> int:
-        """`x` fp32 [H] at position `length`, as `TokenAttention`; then let the threads compute
-        `experts`, which `finish` must follow. ABSENT where they do not: the caller sees to them.
-
-        Meanwhile the router of the `following` layer is asked what it would choose here: LACKING if
-        some of it is not at `addresses`, those of that layer's experts (0: do not ask).
-        """
-        self.attention.reserve(length)
-        keys, values = cache
-        self._workers.claim()
-        found: int = _begin(
-            self.address,
-            x.data_ptr(),
-            rotation[0].data_ptr(),
-            rotation[1].data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            keys.shape[2],
-            length,
-            0 if experts is None else experts.address,
-            0 if following is None else following.address,
-            addresses,
-        )
-        if found == ABSENT:
-            self._workers.release()
-        return found
-
     def finish(self, experts: "TokenExperts") -> torch.Tensor:
-        """The layer's output, a new tensor [H]."""
-        y = torch.empty(self.columns)
-        _finish(self.address, experts.address, y.data_ptr())
-        self._workers.release()
+        """The layer's output, a new tensor [1, H], where `experts` have begun; releases the threads
+        that somebody claimed."""
+        y = torch.empty(1, self.columns)
+        finish_layer(self.address, experts.address, y.data_ptr())
+        self.workers.release()
         return y
 
 
@@ -120,9 +86,17 @@ def _lacks(layer, hidden, addresses):
 
 
 @njit("int64(" + ", ".join(["int64"] * 11) + ")", nogil=True, cache=True)
-def _begin(
+def begin_layer(
     layer, x, cosines, sines, keys, values, room, length, experts, following, addresses
 ):  # fmt: skip
+    """Token `x` fp32 [H] at position `length`, as `TokenAttention`; then the threads begin to
+    compute `experts` (0: none), which `finish_layer` must follow. ABSENT where they do not: the
+    caller sees to them.
+
+    Meanwhile the router of the `following` layer is asked what it would choose here: LACKING if
+    some of it is not at `addresses`, those of that layer's experts (0: nothing can be read for it),
+    or if there is no router that could be asked (0).
+    """
     size, hidden, both = word(layer + _SIZE), word(layer + _HIDDEN), word(layer + _SUM)
     rms_norm(x, word(layer + _FIRST), 1, size, real(layer + _FIRST_EPS), hidden)
     attend(word(layer + _ATTENTION), hidden, cosines, sines, keys, values, room, length, both)
@@ -132,12 +106,13 @@ def _begin(
     route(word(layer + _ROUTER), hidden, word(layer + _LOGITS), scores, chosen, True)
     if experts == 0 or not begin_experts(experts, hidden, chosen):
         return ABSENT
-    if following != 0 and addresses != 0 and _lacks(following, hidden, addresses):
+    if addresses != 0 and (following == 0 or _lacks(following, hidden, addresses)):
         return LACKING
     return BEGUN
 
 
 @njit("void(int64, int64, int64)", nogil=True, cache=True)
-def _finish(layer, experts, target):
+def finish_layer(layer, experts, target):
+    """Wait for `experts`; the layer's output is put at `target`."""
     finish_experts(experts, word(layer + _SCORES), target)
     _add(word(layer + _SUM), target, word(layer + _SIZE), target)

@@ -5,9 +5,9 @@ Importing them compiles what has a fixed signature, or takes it from disk.
 
 from tierrun.engine.kernels import (
     token_attention,
-    token_layer,  # noqa: F401 (compiled by its import)
     token_products,
     token_router,
+    token_run,  # noqa: F401 (compiled by its import)
 )
 
 
