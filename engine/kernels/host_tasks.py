@@ -6,30 +6,17 @@ Compiled code is kept on disk by numba, under the constants of a closure. Those 
 the sources that emit code, which numba does not watch.
 """
 
-import hashlib
 import logging
 import math
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tierrun.engine.codecs import codec, planes
 from tierrun.engine.codecs.planes import TILE_ROWS
 from tierrun.engine.kernels import geometry as _g
-from tierrun.engine.kernels import (
-    host_codes,
-    host_dense,
-    host_job,
-    host_product,
-    host_sums,
-    lanes,
-    native,
-    workers,
-)
 from tierrun.engine.kernels.host_job import (
     ADDRESS,
     BEGIN,
@@ -89,23 +76,14 @@ def tasks(first: Operand, down: Operand, gate: Gate) -> Tasks:
 
 
 def _place(operand: Operand) -> tuple[tuple[int, ...], int, int, int]:
-    """The matrix with the digest of the sources, its offset, and its bias (kind 0: none)."""
+    """The matrix, its offset, and its bias (kind 0: none)."""
     bias = operand.bias
     kind, offset = (0, 0) if bias is None else (DTYPE_KINDS[bias.dtype], bias.offset)
-    return (*operand.matrix, _digest()), operand.offset, kind, offset
+    return operand.matrix, operand.offset, kind, offset
 
 
 def _gate(gate: Gate) -> tuple[int, bool, float, float]:
     return GATES.index(gate.kind), gate.interleaved, float(gate.alpha), float(gate.limit)
-
-
-@lru_cache
-def _digest() -> int:
-    """Of the sources of all that emits or is compiled into a task."""
-    kernels = (host_codes, host_dense, host_job, host_product, host_sums, lanes, native, workers)
-    sources = (codec, planes, _g, *kernels)
-    text = b"".join(Path(str(module.__file__)).read_bytes() for module in sources)
-    return int.from_bytes(hashlib.sha256(text).digest()[:6])
 
 
 def _cached(make: Callable[..., Any], *constants: Any) -> Any:

@@ -5,31 +5,17 @@ One function is compiled for each codec; what is here is compiled once, and is t
 (shapes, offsets, biases, the gate) in tables of int64.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llvmlite import binding
 from numpy.typing import NDArray
 
-from tierrun.engine.codecs import codec, planes
 from tierrun.engine.codecs.planes import TILE_ROWS
-from tierrun.engine.kernels import (
-    geometry,
-    host_codes,
-    host_product,
-    int8_dots,
-    int8_panel,
-    int8_rows,
-    int8_tile,
-    lanes,
-    native,
-)
 from tierrun.engine.kernels.geometry import COLUMNS, ROWS, Geometry
 from tierrun.engine.kernels.host_job import (
     ADDRESS,
@@ -112,38 +98,25 @@ def _address(M: Geometry, way: Way | None, make: Callable[..., Any]) -> int:
 
 @lru_cache
 def _compiled(make: Callable[..., Any], general: Geometry, way: int) -> Any:
-    """Kept on disk under its constants: numbers only, the digest of the sources among them."""
+    """Kept on disk under its constants: numbers only."""
     started = time.perf_counter()
-    found = cfunc("void(int64, int64, int64, int64, int64, int64)", cache=True)(
-        make(general, way, _digest())
-    )
+    found = cfunc("void(int64, int64, int64, int64, int64, int64)", cache=True)(make(general, way))
     if found.cache_hits == 0:
         seconds = time.perf_counter() - started
         log.info("compiled a CPU kernel (%s) in %.1f s; kept", WAYS[way].name, seconds)
     return found
 
 
-@lru_cache
-def _digest() -> int:
-    """Of the sources of all that emits a tile function."""
-    dots = (int8_dots, int8_panel, int8_rows, int8_tile)
-    kernels = (codec, planes, geometry, host_codes, host_product, *dots, lanes, native)
-    text = b"".join(Path(str(module.__file__)).read_bytes() for module in kernels)
-    return int.from_bytes(hashlib.sha256(text).digest()[:6])
-
-
-def _tile(M: Geometry, WAY: int, DIGEST: int) -> Any:
+def _tile(M: Geometry, WAY: int) -> Any:
     def tile(matrix, base, number, count, inputs, out):
-        if DIGEST:  # never 0: only what is used is a constant of the closure
-            tile_dots(M, WAY, matrix, base, number, count, inputs, out)
+        tile_dots(M, WAY, matrix, base, number, count, inputs, out)
 
     return tile
 
 
-def _panel(M: Geometry, WAY: int, DIGEST: int) -> Any:
+def _panel(M: Geometry, WAY: int) -> Any:
     def panel(matrix, base, number, count, inputs, out):
-        if DIGEST:
-            panel_dots(M, WAY, matrix, base, number, count, inputs, out)
+        panel_dots(M, WAY, matrix, base, number, count, inputs, out)
 
     return panel
 
