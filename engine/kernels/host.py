@@ -150,7 +150,7 @@ class HostExperts:
             self._workers.run(self._panels.prepare().address, job, used * self._panels.SLICES)
         elif self._plan is not None:
             self._prepare(job, len(hidden))
-        self._workers.begin(self._perform, job, used * (tasks.first_tiles + tasks.down_tiles))
+        self._workers.begin(self._perform, job, used * (tasks.first_tasks + tasks.down_tasks))
 
     def finish(self) -> bool:
         """Help with what is left, and wait until all is done; whether anything was left.
@@ -189,7 +189,7 @@ class HostExperts:
             np.zeros(most, np.int64),
             np.zeros(most, np.int64),
             log,
-            found.first_tiles + found.down_tiles,
+            found.first_tasks + found.down_tasks,
         )
 
     @property
@@ -238,7 +238,7 @@ class HostExperts:
         given = hidden.ctypes.data
         plan, taken = (0, given) if self._plan is None else (self._plan.address, rows.ctypes.data)
         return (
-            *(found.first, found.down, used, found.first_tiles, found.down_tiles),
+            *(found.first, found.down, used, found.first_tasks, found.down_tasks),
             *(taken, out.ctypes.data, inners.ctypes.data, stride, table.ctypes.data),
             *(plan, given),
         )

@@ -48,12 +48,12 @@ _ROOT_HALF = np.float32(0.7071067811865476)
 
 
 class Tasks(NamedTuple):
-    """Compiled functions of a layout, by address, and tiles of each product; `keep` owns them."""
+    """Compiled functions of a layout, by address, and tasks of each product; `keep` owns them."""
 
     first: int
     down: int
-    first_tiles: int
-    down_tiles: int
+    first_tasks: int
+    down_tasks: int
     keep: tuple[Any, ...]
 
 

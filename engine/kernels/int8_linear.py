@@ -55,7 +55,7 @@ class Int8Linear:
         few = len(x) <= FEW_TOKENS
         rows = self._room(len(x), geometry[COLUMNS], few=few)
         code = int8_tasks.tile_function if few else int8_tasks.panel_function
-        each = max(1, _TASK_WEIGHTS // (TILE_ROWS * geometry[COLUMNS])) if few else 1
+        each = 2 * max(1, _TASK_WEIGHTS // (2 * TILE_ROWS * geometry[COLUMNS])) if few else 1
         job = np.array(
             [
                 *(code(geometry), matrix.ctypes.data, weight.data.data_ptr()),

@@ -158,7 +158,9 @@ def _unpack(product: Product, shape: Shape, way: Way, rows, tile: "_Unpacked", f
         with whole:
             planes, lanes = Planes(product, shape, I64(TILE_ROWS)), Lanes(builder, way.width)
             starts = range(0, TILE_ROWS, way.width)
-            strips = [Strip(product, planes, way, lanes, I64(row), 0) for row in starts]
+            strips = [
+                Strip(product, planes, way, lanes, I64(row), 0, leads=row == 0) for row in starts
+            ]
             tile.fill(strips, first, some)
         with narrow:
             planes, lanes = Planes(product, shape, rows), Lanes(builder, 1)

@@ -53,8 +53,12 @@ from tierrun.engine.kernels.native import call_six, put_real, put_word, real, st
 
 log = logging.getLogger(__name__)
 
-_TILE_BYTES = 4 * TILE_ROWS * TOGETHER
-_THREE_TILES, _ROW_BYTES, _INPUT_BYTES = 3 * _TILE_BYTES, 4 * TILE_ROWS, 8 * TOGETHER
+TILE_BYTES = 4 * TILE_ROWS * TOGETHER
+_TWO_TILES, _THREE_TILES = 2 * TILE_BYTES, 3 * TILE_BYTES
+_ROW_BYTES, _INPUT_BYTES = 4 * TILE_ROWS, 8 * TOGETHER
+
+DOWN_TILES = 4
+"""Tiles of a task of down: some 10 µs of a small expert; even, as two are computed together."""
 
 _CODE, MATRIX, AT, _BIAS, _BIAS_AT, PANEL_CODE = 0, 8, 16, 24, 32, 40
 _OPERAND_WORDS = 6
@@ -158,6 +162,33 @@ def _multiply(operand, base, tile, count, inputs, sums):
         call_six(word(operand + _CODE), matrix, start, tile, count, inputs, sums)
 
 
+@njit("void(int64, int64, int64, int64, int64, int64, int64)", cache=True)
+def multiply_two(code, matrix, base, tile, other, inputs, sums):
+    """Tiles `tile` and `other`, behind it or the same, as far as there are such, times one token.
+
+    The sums of the other are TOGETHER rows behind those of the first, as in `int8_tile.tile_dots`.
+    """
+    rows = word(matrix + 8 * ROWS)
+    if tile < other and TILE_ROWS * (other + 1) <= rows:
+        call_six(code, matrix, base, tile, tile - other, inputs, sums)
+        return
+    if tile < tiles(rows):
+        call_six(code, matrix, base, tile, 1, inputs, sums)
+    if other < tiles(rows):
+        call_six(code, matrix, base, other, 1, inputs, sums + TILE_BYTES)
+
+
+@njit("void(int64, int64, int64, int64, int64, int64, int64)", cache=True)
+def _multiply_both(operand, base, tile, other, count, inputs, sums):
+    """Two tiles of an operand of the record at `base` times `count` tokens."""
+    if count == 1:
+        matrix, start = word(operand + MATRIX), base + word(operand + AT)
+        multiply_two(word(operand + _CODE), matrix, start, tile, other, inputs, sums)
+    else:
+        _multiply(operand, base, tile, count, inputs, sums)
+        _multiply(operand, base, other, count, inputs, sums + TILE_BYTES)
+
+
 @njit("void(int64, int64, int64, int64, int64)", cache=True)
 def _add_bias(operand, base, first, rows, sums):
     """Add the bias of some rows from `first` on to their sums, if there is one."""
@@ -234,33 +265,35 @@ def _first(job, record, tile):
     for start in range(word(row + BEGIN), end, TOGETHER):
         count = min(TOGETHER, end - start)
         find_hidden(job, start, count, row_bytes(word(matrix + 8 * COLUMNS)), inputs)
-        _multiply(operand, base, gates, count, inputs, sums)
-        _multiply(operand, base, ups, count, inputs, sums + _TILE_BYTES)
+        _multiply_both(operand, base, gates, ups, count, inputs, sums)
         if shift != 0:
-            _multiply(operand, base, ups + 1, count, inputs, sums + 2 * _TILE_BYTES)
+            _multiply(operand, base, ups + 1, count, inputs, sums + 2 * TILE_BYTES)
         for i in range(count):
             to = word(job + INNER) + (start + i) * word(job + INNER_STRIDE)
             of_token = sums + 4 * TILE_ROWS * i
-            activate(plan, base, tile, of_token, _TILE_BYTES, to + BLOCK_BYTES * tile)
+            activate(plan, base, tile, of_token, TILE_BYTES, to + BLOCK_BYTES * tile)
 
 
-def _down(job, record, tile):
-    """32 rows of down for a record's tokens."""
+def _down(job, record, task):
+    """DOWN_TILES tiles of down for a record's tokens."""
     row, operand = word(job + TABLE) + record * TABLE_ROW, word(job + PLAN) + DOWN
     base, end = word(row + ADDRESS), word(row + END)
-    inputs, sums = stack(_INPUT_BYTES), stack(_TILE_BYTES)
+    first, last = DOWN_TILES * task, tiles(word(word(operand + MATRIX) + 8 * ROWS))
+    inputs, sums = stack(_INPUT_BYTES), stack(_TWO_TILES)
     for start in range(word(row + BEGIN), end, TOGETHER):
         count = min(TOGETHER, end - start)
         find_inner(job, start, count, inputs)
-        _multiply(operand, base, tile, count, inputs, sums)
-        for i in range(count):
-            put_rows(job, base, tile, start + i, sums + 4 * TILE_ROWS * i)
+        for tile in range(first, min(first + DOWN_TILES, last), 2):
+            _multiply_both(operand, base, tile, tile + 1, count, inputs, sums)
+            for i in range(count):
+                put_rows(job, base, tile, start + i, sums + 4 * TILE_ROWS * i)
+                put_rows(job, base, tile + 1, start + i, sums + TILE_BYTES + 4 * TILE_ROWS * i)
 
 
 def tasks(inner: int, outer: int) -> Tasks:
-    """The tasks of every layout, with the tiles of one of these widths."""
+    """The tasks of every layout, and how many there are with these widths."""
     first, down = _functions()
-    numbers = -(-inner // TILE_ROWS), -(-outer // TILE_ROWS)
+    numbers = -(-inner // TILE_ROWS), -(-outer // (DOWN_TILES * TILE_ROWS))
     return Tasks(first.address, down.address, *numbers, (first, down))
 
 
@@ -289,21 +322,35 @@ For many tokens the function is that of panels, and panels are where else rows o
 
 
 def _linear(job, task):
-    """Some tiles of one matrix for all tokens."""
+    """Some tiles of one matrix for all tokens, by twos."""
     matrix, tokens, each = word(job + L_MATRIX), word(job + L_TOKENS), word(job + L_TILES)
     width, stride = word(matrix + 8 * ROWS), row_bytes(word(matrix + 8 * COLUMNS))
-    inputs, sums = stack(_INPUT_BYTES), stack(_TILE_BYTES)
-    for tile in range(each * task, min(each * (task + 1), tiles(width))):
+    code, base = word(job + L_CODE), word(job + L_BASE)
+    inputs, sums = stack(_INPUT_BYTES), stack(_TWO_TILES)
+    for tile in range(each * task, min(each * (task + 1), tiles(width)), 2):
+        other = tile + 1 if tile + 1 < each * (task + 1) else tiles(width)
         for start in range(0, tokens, TOGETHER):
             count = min(TOGETHER, tokens - start)
             for i in range(TOGETHER):
                 token = start + min(i, count - 1)
                 put_word(inputs + 8 * i, word(job + L_ROWS) + stride * token)
-            call_six(word(job + L_CODE), matrix, word(job + L_BASE), tile, count, inputs, sums)
+            if count == 1:
+                multiply_two(code, matrix, base, tile, other, inputs, sums)
+            else:
+                call_six(code, matrix, base, tile, count, inputs, sums)
+                if other < tiles(width):
+                    call_six(code, matrix, base, other, count, inputs, sums + TILE_BYTES)
             for i in range(count):
-                to = word(job + L_OUT) + 4 * (width * (start + i) + TILE_ROWS * tile)
-                for r in range(min(TILE_ROWS, width - TILE_ROWS * tile)):
-                    put_real(to + 4 * r, real(sums + 4 * (TILE_ROWS * i + r)))
+                row = word(job + L_OUT) + 4 * width * (start + i)
+                _put(row, width, tile, sums + _ROW_BYTES * i)
+                _put(row, width, other, sums + TILE_BYTES + _ROW_BYTES * i)
+
+
+@njit("void(int64, int64, int64, int64)", cache=True)
+def _put(row, width, tile, sums):
+    """The sums of a tile into a row of results; there may be no such tile."""
+    for r in range(min(TILE_ROWS, width - TILE_ROWS * tile)):
+        put_real(row + 4 * (TILE_ROWS * tile + r), real(sums + 4 * r))
 
 
 @lru_cache

@@ -109,6 +109,10 @@ def tile_dots(typingctx, M, way, matrix, base, tile, count, inputs, out):
     `M` is `without_shape`, `way` a number of WAYS (both constant), `matrix` the address of the
     whole geometry, int64. `inputs` is where TOGETHER addresses of rows of blocks are, of which
     three are computed as four; `out` where fp32 [TOGETHER, 32] goes.
+
+    A negative `count` is for one token and two tiles of 32 rows, of which the other is so many
+    further on: its sums go behind the TOGETHER rows of the first. Two tiles are read faster from
+    memory than one after the other, as the processor reads only so far ahead of each.
     """
     general = tuple(item.literal_value for item in M.types)
     chosen = WAYS[way.literal_value]
@@ -127,27 +131,45 @@ def emit(product: Product, matrix, way: Way, count) -> None:
     """For one token, two or four; in a narrower last tile row by row."""
     builder = product.builder
     shape = Shape(builder, matrix)
+    with builder.if_else(builder.icmp_signed("<", count, I64(0))) as (pair, alone):
+        with pair:
+            other = _other(product, builder.neg(count))
+            _sum_up([*_strips(product, shape, way, 1), *_strips(other, shape, way, 1)])
+        with alone:
+            _emit_one(product, shape, way, count)
+
+
+def _emit_one(product: Product, shape: "Shape", way: Way, count) -> None:
+    builder = product.builder
     first = builder.mul(product.tile, I64(TILE_ROWS))
     rows = builder.sub(shape[ROWS], first)
     with builder.if_else(builder.icmp_signed(">=", rows, I64(TILE_ROWS))) as (whole, narrow):
         with whole:
-            planes = Planes(product, shape, I64(TILE_ROWS))
             with builder.if_else(builder.icmp_signed("==", count, I64(1))) as (one, more):
                 with one:
-                    _strips(product, planes, way, 1)
+                    _sum_up(_strips(product, shape, way, 1))
                 with more:
                     two = builder.icmp_signed("==", count, I64(2))
-                    with builder.if_else(two) as (pair, four):
-                        with pair:
-                            _strips(product, planes, way, 2)
+                    with builder.if_else(two) as (both, four):
+                        with both:
+                            _sum_up(_strips(product, shape, way, 2))
                         with four:
-                            _strips(product, planes, way, TOGETHER)
+                            _sum_up(_strips(product, shape, way, TOGETHER))
         with narrow:
             planes = Planes(product, shape, rows)
             with cgutils.for_range(builder, count) as tokens:
                 one_token = _for_token(product, tokens.index)
                 with cgutils.for_range(builder, rows) as loop:
-                    _rows(one_token, planes, PLAIN, [(loop.index, Lanes(builder, 1))], 1)
+                    lanes = Lanes(builder, 1)
+                    _sum_up([Strip(one_token, planes, PLAIN, lanes, loop.index, 1)])
+
+
+def _other(product: Product, distance) -> Product:
+    """The same product of the tile so many further on."""
+    builder = product.builder
+    tile = builder.add(product.tile, distance)
+    out = builder.add(product.out, I64(4 * TILE_ROWS * TOGETHER))
+    return Product(builder, product.features, product.M, product.base, tile, product.inputs, out)
 
 
 def _for_token(product: Product, token) -> Product:
@@ -158,17 +180,20 @@ def _for_token(product: Product, token) -> Product:
     return Product(builder, product.features, product.M, product.base, product.tile, inputs, out)
 
 
-def _strips(product: Product, planes: "Planes", way: Way, tokens: int) -> None:
+def _strips(product: Product, shape: "Shape", way: Way, tokens: int) -> "list[Strip]":
     """A whole tile, a register's lanes at a time."""
-    lanes = Lanes(product.builder, way.width)
-    strips = [(I64(row), lanes) for row in range(0, TILE_ROWS, way.width)]
-    _rows(product, planes, way, strips, tokens)
+    lanes, planes = Lanes(product.builder, way.width), Planes(product, shape, I64(TILE_ROWS))
+    return [
+        Strip(product, planes, way, lanes, I64(row), tokens, leads=row == 0)
+        for row in range(0, TILE_ROWS, way.width)
+    ]
 
 
-def _rows(product: Product, planes: "Planes", way: Way, strips, tokens: int) -> None:
+def _sum_up(made: "list[Strip]") -> None:
+    """The products of `made`, of one matrix and the same tokens, span by span."""
+    product, planes = made[0].product, made[0].planes
     builder, M = product.builder, product.M
-    x = product.activations(tokens)
-    made = [Strip(product, planes, way, lanes, row, tokens) for row, lanes in strips]
+    x = product.activations(len(made[0].blocks))
     columns = planes.shape[COLUMNS]
     whole = builder.udiv(columns, I64(SPAN))
     if not (groups := outer(M) // SPAN):
@@ -199,7 +224,8 @@ def _spans(strips: "list[Strip]", first, last, x) -> None:
     builder = strips[0].builder
     with cgutils.for_range(builder, builder.sub(last, first)) as loop:
         index = builder.add(first, loop.index)
-        strips[0].prefetch(index)
+        for strip in strips:
+            strip.prefetch(index)
         _span(strips, index, x, in_part=False)
 
 
@@ -317,10 +343,19 @@ class Strip(Tile):
     """As many rows of a tile as there are lanes, from `row` (int64) on, and their sums."""
 
     def __init__(
-        self, product: Product, planes: Planes, way: Way, lanes: Lanes, row, tokens: int
+        self,
+        product: Product,
+        planes: Planes,
+        way: Way,
+        lanes: Lanes,
+        row,
+        tokens: int,
+        *,
+        leads: bool = False,
     ) -> None:
+        """`leads`: it prefetches for all rows of the tile."""
         super().__init__(lanes, product.M, product.base, product.tile)
-        self.product, self.planes, self.row = product, planes, row
+        self.product, self.planes, self.row, self.leads = product, planes, row, leads
         self.dots = Dots(way, lanes, codes_of(self.M))
         self.in_part = False
         self.blocks = [self._variable() for _ in range(tokens)]
@@ -349,7 +384,7 @@ class Strip(Tile):
     def prefetch(self, index) -> None:
         """What the planes of codes hold further on is wanted soon."""
         builder = self.builder
-        if self.lanes.count == 1:  # rows of a narrow tile, which are read time and again
+        if not self.leads:
             return
         for which in (LOW, HIGH) if self.M[HIGH] else (LOW,):
             nbytes = self.M[which] * 4 * TILE_ROWS

@@ -16,10 +16,10 @@ from tierrun.engine.codecs.packed import Packed
 from tierrun.engine.codecs.planes import TILE_ROWS
 from tierrun.engine.kernels.geometry import COLUMNS, ROWS, packed_geometry
 from tierrun.engine.kernels.int8_rows import quantise_row, row_bytes
-from tierrun.engine.kernels.int8_tasks import tile_function
+from tierrun.engine.kernels.int8_tasks import TILE_BYTES, multiply_two, tile_function
 from tierrun.engine.kernels.int8_tile import TOGETHER
 from tierrun.engine.kernels.jit import cfunc, njit
-from tierrun.engine.kernels.native import call_six, put_real, put_word, real, stack, word
+from tierrun.engine.kernels.native import put_real, put_word, real, stack, word
 from tierrun.engine.kernels.workers import begin, finish
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ _MATRIX_WORDS = 7
 """Bytes into a matrix's part: its tile function, geometry, bytes, bias (0: none) by address; its
 place among the results, in numbers; its first task, and tiles of a task."""
 _TASK_WEIGHTS = 1 << 17
-"""Weights of a task: some 10 µs, so that threads end together."""
-_TILE_BYTES, _INPUT_BYTES = 4 * TILE_ROWS * TOGETHER, 8 * TOGETHER
+"""Weights of a task, if that is two tiles: some 10 µs, so that threads end together."""
+_INPUT_BYTES = 8 * TOGETHER
 
 
 class TokenProducts:
@@ -67,7 +67,7 @@ class TokenProducts:
     def _words(self) -> list[int]:
         parts: list[int] = []
         to = tasks = 0
-        tiles = max(1, _TASK_WEIGHTS // (TILE_ROWS * self.columns))
+        tiles = 2 * max(1, _TASK_WEIGHTS // (2 * TILE_ROWS * self.columns))
         for weight, shape, bias in zip(self._weights, self._geometries, self._biases, strict=True):
             code = tile_function(packed_geometry(weight.codec, weight.shape))
             given = 0 if bias is None else bias.data_ptr()
@@ -94,18 +94,26 @@ def _task(table, task):
         part -= 8 * _MATRIX_WORDS
     shape, bias = word(part + _SHAPE), word(part + _BIAS)
     width, tiles = word(shape + 8 * ROWS), word(part + _TILES)
-    inputs, sums = stack(_INPUT_BYTES), stack(_TILE_BYTES)
+    inputs, sums = stack(_INPUT_BYTES), stack(2 * TILE_BYTES)
     for i in range(TOGETHER):
         put_word(inputs + 8 * i, word(table + _BLOCKS))
     first = tiles * (task - word(part + _FIRST))
-    for tile in range(first, min(first + tiles, (width + TILE_ROWS - 1) // TILE_ROWS)):
-        call_six(word(part + _CODE), shape, word(part + _BASE), tile, 1, inputs, sums)
-        to = word(table + _OUT) + 4 * (word(part + _TO) + TILE_ROWS * tile)
-        for r in range(min(TILE_ROWS, width - TILE_ROWS * tile)):
-            value = real(sums + 4 * r)
-            if bias != 0:
-                value += real(bias + 4 * (TILE_ROWS * tile + r))
-            put_real(to + 4 * r, value)
+    to = word(table + _OUT) + 4 * word(part + _TO)
+    for tile in range(first, min(first + tiles, (width + TILE_ROWS - 1) // TILE_ROWS), 2):
+        code, base = word(part + _CODE), word(part + _BASE)
+        multiply_two(code, shape, base, tile, tile + 1, inputs, sums)
+        _put(to, width, tile, bias, sums)
+        _put(to, width, tile + 1, bias, sums + TILE_BYTES)
+
+
+@njit("void(int64, int64, int64, int64, int64)", cache=True)
+def _put(to, width, tile, bias, sums):
+    """The sums of a tile, and its bias (0: none), among the results; there may be no such tile."""
+    for r in range(TILE_ROWS * tile, min(TILE_ROWS * (tile + 1), width)):
+        value = real(sums + 4 * (r - TILE_ROWS * tile))
+        if bias != 0:
+            value += real(bias + 4 * r)
+        put_real(to + 4 * r, value)
 
 
 @lru_cache
