@@ -35,7 +35,7 @@ _MATRIX_WORDS = 7
 place among the results, in numbers; its first task, and tiles of a task."""
 _TASK_WEIGHTS = 1 << 17
 """Weights of a task, if that is two tiles: some 10 µs, so that threads end together."""
-_INPUT_BYTES = 8 * TOGETHER
+_TWO_TILES, _INPUT_BYTES = 2 * TILE_BYTES, 8 * TOGETHER
 
 
 class TokenProducts:
@@ -94,7 +94,7 @@ def _task(table, task):
         part -= 8 * _MATRIX_WORDS
     shape, bias = word(part + _SHAPE), word(part + _BIAS)
     width, tiles = word(shape + 8 * ROWS), word(part + _TILES)
-    inputs, sums = stack(_INPUT_BYTES), stack(2 * TILE_BYTES)
+    inputs, sums = stack(_INPUT_BYTES), stack(_TWO_TILES)
     for i in range(TOGETHER):
         put_word(inputs + 8 * i, word(table + _BLOCKS))
     first = tiles * (task - word(part + _FIRST))
