@@ -34,7 +34,7 @@ ContextSize = Annotated[int, typer.Option(help="0: what this run needs.")]
 Ubatch = Annotated[int, typer.Option(help="Tokens of a prompt at once; 0: the engine's choice.")]
 Io = Annotated[str, typer.Option(help="The reader.")]
 LaneMode = Annotated[str, typer.Option("--lanes", help="Experts in RAM: auto, gpu, cpu.")]
-Policy = Annotated[str, typer.Option(help="Replacement: lfru, lru, layers.")]
+Policy = Annotated[str, typer.Option(help="Replacement: rates, lfru, lru, layers.")]
 Threads = Annotated[int, typer.Option(help="0: all cores; torch one less.")]
 Card = Annotated[str, typer.Option(help="As if the card had so much (16GiB): the rest is taken.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the JSON document here.")]
@@ -55,7 +55,7 @@ class Setting:
     io: str = "auto"
     threads: int = 0
     lanes: str = "auto"
-    policy: str = "lfru"
+    policy: str = "rates"
 
     def load(self, store: Path, *others: Path) -> Engine:
         """An engine on `store`, with the `other` directories that it lies in; what only a GPU has

@@ -304,7 +304,7 @@ def main(
     io: devices.Io = "auto",
     threads: devices.Threads = 0,
     lanes: devices.LaneMode = "auto",
-    policy: devices.Policy = "lfru",
+    policy: devices.Policy = "rates",
     tokens: Annotated[int, typer.Option(min=1, help="Measured per round.")] = 128,
     warmup: Annotated[int, typer.Option(help="Before them, unmeasured.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Of decoding, and of prefill.")] = 3,

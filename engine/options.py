@@ -37,7 +37,7 @@ class Options:
     vram: str = "auto"
     ram: str = "auto"
     io: str = "auto"
-    policy: str = "lfru"
+    policy: str = "rates"
     lookahead: bool = True
     context: int = 0
     ubatch: int = 0

@@ -87,6 +87,49 @@ class Lfru:
         return decayed
 
 
+class Rates:
+    """Uses per step: the mean of three estimates, over some 3, 23 and 1500 steps.
+
+    What is used again soon and what is used often are kept by one number. On recorded routing it
+    misses less than LFRU, or as much (`python -m tierrun.bench.policies`).
+    """
+
+    name = "rates"
+
+    def __init__(
+        self, num_experts: int, half_lives: tuple[float, ...] = (2.0, 16.0, 1024.0)
+    ) -> None:
+        self._half_lives = np.array(half_lives)
+        self._sums = np.zeros((num_experts, len(half_lives)))
+        """Each use counts 2^(its step / half-life): so nothing that is not used has to decay."""
+        self._origin = 0
+        """The step that is counted as 0, moved on before numbers become too large."""
+
+    def used(self, experts: Experts, step: int) -> None:
+        if step - self._origin >= _REBASE:
+            self._sums *= self._decay(step)
+            self._origin = step
+        self._sums[experts] += 1.0 / self._decay(step)
+
+    def worth(self, experts: Experts, step: int) -> NDArray[np.float64]:
+        kept = np.exp2(-1.0 / self._half_lives)
+        # A use at each of the steps so far would bring a sum, decayed, to the inverse of these.
+        shares = (1.0 - kept) / (1.0 - kept ** (step + 1))
+        worth: NDArray[np.float64] = self._sums[experts] @ (self._decay(step) * shares)
+        return worth / len(kept)
+
+    def rate(self, experts: Experts, step: int) -> NDArray[np.float64]:
+        return np.minimum(1.0, self.worth(experts, step))
+
+    def _decay(self, step: int) -> NDArray[np.float64]:
+        decay: NDArray[np.float64] = np.exp2((self._origin - step) / self._half_lives)
+        return decay
+
+
+_REBASE = 512
+"""Steps: 2^256 is well within a float64."""
+
+
 class Layers(Lru):
     """The first layers' experts stay, whatever is used: llama.cpp's split, to compare with."""
 
@@ -96,7 +139,7 @@ class Layers(Lru):
         return (len(self._last) - experts).astype(np.float64)
 
 
-POLICIES = {policy.name: policy for policy in (Lru, Lfru, Layers)}
+POLICIES = {policy.name: policy for policy in (Rates, Lfru, Lru, Layers)}
 
 
 def make_policy(name: str, num_experts: int) -> Policy:

@@ -143,7 +143,7 @@ def bench_model(
     lanes: Annotated[
         str, typer.Option("--lanes", help="Experts in RAM, beside a GPU: auto, gpu, cpu.")
     ] = _DEFAULT.lanes,
-    policy: Annotated[str, typer.Option("--policy", help="lfru, lru, layers.")] = "lfru",
+    policy: Annotated[str, typer.Option("--policy", help="rates, lfru, lru, layers.")] = "rates",
     exact: Annotated[bool, typer.Option("--exact", help="The same bits for any budget.")] = False,
     learn: Annotated[
         int, typer.Option("--learn", min=0, help="Tokens decoded before the tests.")

@@ -115,9 +115,9 @@ def run(
     io: Annotated[
         str, typer.Option("--io", envvar="TIERRUN_IO", help="auto, direct, mmap, buffered, gds.")
     ] = _DEFAULT.io,
-    policy: Annotated[str, typer.Option("--policy", help="Replacement: lfru, lru, layers.")] = (
-        _DEFAULT.policy
-    ),
+    policy: Annotated[
+        str, typer.Option("--policy", help="Replacement: rates, lfru, lru, layers.")
+    ] = (_DEFAULT.policy),
     lookahead: Annotated[
         str, typer.Option("--lookahead", help="Read what the next layer will want: on, off.")
     ] = "on",

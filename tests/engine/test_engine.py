@@ -141,7 +141,7 @@ def test_stats_tell_sizes_and_totals(model: Model) -> None:
 def test_options_have_the_defaults_of_the_design() -> None:
     options = Options()
     assert (options.ram, options.vram, options.io) == ("auto", "auto", "auto")
-    assert (options.policy, options.lookahead, options.strict) == ("lfru", True, False)
+    assert (options.policy, options.lookahead, options.strict) == ("rates", True, False)
 
 
 def test_on_the_cpu_prompts_go_in_chunks_of_512_unless_asked(model: Model) -> None:

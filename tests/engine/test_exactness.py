@@ -80,7 +80,7 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfru"])
+@pytest.mark.parametrize("policy", ["lru", "lfru", "rates"])
 @pytest.mark.parametrize("lookahead", [True, False], ids=["ahead", "behind"])
 @pytest.mark.parametrize("budget", NAMES)
 def test_any_budget_policy_and_lookahead_gives_the_same_bits(
@@ -135,7 +135,7 @@ options = st.fixed_dictionaries(
     {
         "share": st.floats(0, 1.2),
         "hot": st.floats(0, 1.2),
-        "policy": st.sampled_from(["lru", "lfru"]),
+        "policy": st.sampled_from(["lru", "lfru", "rates"]),
         "lookahead": st.booleans(),
         "io": st.sampled_from(["auto", "direct", "mmap", "buffered"]),
         "depth": st.integers(1, 9),

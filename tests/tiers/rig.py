@@ -99,7 +99,7 @@ def make_rig(
     hot: Sequence[int] = (0,),
     warm: Sequence[int] = (0,),
     layers: Sequence[Experts] = (Experts(), Experts(), Experts()),
-    policy: str = "lfru",
+    policy: str = "rates",
     depth: int = 2,
 ) -> Iterator[Rig]:
     """Slots per record class in each tier; an extent holds one record of any class."""

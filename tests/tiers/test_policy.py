@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tierrun.io.errors import UsageError
-from tierrun.tiers.policy import POLICIES, Lfru, Lru, Policy, make_policy
+from tierrun.tiers.policy import POLICIES, Lfru, Lru, Policy, Rates, make_policy
 
 NUM_EXPERTS = 6
 HALF_LIFE = 8.0
@@ -46,7 +46,7 @@ def test_lru_ranks_by_the_last_use(history: list[tuple[int, set[int]]], later: i
             assert (ranked[a] < ranked[b]) == (last[a] < last[b])
 
 
-@pytest.mark.parametrize("policy", [Lru(NUM_EXPERTS), Lfru(NUM_EXPERTS, HALF_LIFE)])
+@pytest.mark.parametrize("policy", [Lru(NUM_EXPERTS), Lfru(NUM_EXPERTS), Rates(NUM_EXPERTS)])
 @given(histories, st.integers(0, 50))
 def test_rates_are_shares_of_steps(
     policy: Policy, history: list[tuple[int, set[int]]], later: int
@@ -96,6 +96,28 @@ def test_lfru_lets_go_of_yesterdays_favourite() -> None:
     assert today > yesterday
 
 
+@given(st.lists(st.tuples(st.integers(1, 700), st.integers(0, NUM_EXPERTS - 1)), max_size=30))
+def test_rates_are_the_mean_of_decayed_shares_of_steps(history: list[tuple[int, int]]) -> None:
+    policy = Rates(NUM_EXPERTS)
+    step, uses = replay(policy, [(pause, {expert}) for pause, expert in history])
+    wanted = np.zeros(NUM_EXPERTS)
+    for half_life in (2, 16, 1024):
+        most = sum(2 ** (-n / half_life) for n in range(step + 1))
+        for expert, steps in enumerate(uses):
+            wanted[expert] += sum(2 ** ((s - step) / half_life) for s in steps) / most / 3
+    assert worth_of_all(policy, step) == pytest.approx(wanted.tolist(), rel=1e-9, abs=1e-30)
+
+
+def test_rates_keep_what_is_used_often_and_what_was_used_last() -> None:
+    policy = Rates(NUM_EXPERTS)
+    for step in range(2000):
+        policy.used(np.array([0] if step % 4 == 0 else [1] if step % 64 == 1 else [2]), step)
+    policy.used(np.array([3]), 2000)  # for the first time
+    often, seldom, mostly, lately = policy.worth(np.arange(4), 2000)
+    assert mostly > often > seldom and lately > seldom
+    assert policy.worth(np.array([3]), 2064) < seldom, "once is soon forgotten"
+
+
 @pytest.mark.parametrize("name", POLICIES)
 @given(history=histories)
 def test_asking_changes_nothing(name: str, history: list[tuple[int, set[int]]]) -> None:
@@ -110,5 +132,5 @@ def test_asking_changes_nothing(name: str, history: list[tuple[int, set[int]]]) 
 
 
 def test_an_unknown_policy_is_refused_with_the_choices() -> None:
-    with pytest.raises(UsageError, match="--policy belady: choose lru, lfru, layers"):
+    with pytest.raises(UsageError, match="--policy belady: choose rates, lfru, lru, layers"):
         make_policy("belady", NUM_EXPERTS)

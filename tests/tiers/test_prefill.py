@@ -54,7 +54,7 @@ def learnt(rig: Rig) -> set[tuple[int, int]]:
 
 @pytest.mark.parametrize("window", [1, 2, 4])
 @pytest.mark.parametrize("layers", [(0, 1, 2), (0,), (1, 2)], ids=str)
-@pytest.mark.parametrize("policy", ["lru", "lfru"])
+@pytest.mark.parametrize("policy", ["lru", "lfru", "rates"])
 def test_prefill_takes_at_most_its_window_from_what_decode_has_learnt(
     window: int, layers: tuple[int, ...], policy: str
 ) -> None:

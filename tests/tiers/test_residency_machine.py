@@ -49,7 +49,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     @initialize(
         shape=st.sampled_from(list(SHAPES.values())),
-        policy=st.sampled_from(["lru", "lfru"]),
+        policy=st.sampled_from(["lru", "lfru", "rates"]),
         depth=st.integers(1, 3),
         flips=st.dictionaries(st.tuples(layers, st.integers(0, 4)), st.integers(1, 2), max_size=2),
     )

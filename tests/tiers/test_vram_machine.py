@@ -60,7 +60,7 @@ class VramMachine(RuleBasedStateMachine):
 
     @initialize(
         shape=st.sampled_from(list(SHAPES.values())),
-        policy=st.sampled_from(["lru", "lfru"]),
+        policy=st.sampled_from(["lru", "lfru", "rates"]),
         depth=st.integers(1, 3),
         window=st.integers(1, 4),
         chunks=st.integers(1, 4),

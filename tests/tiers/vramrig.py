@@ -283,7 +283,7 @@ def make_vram(
     vram: Sequence[int] = (4,),
     warm: Sequence[int] = (4,),
     layers: Sequence[Experts] = (Experts(), Experts(), Experts()),
-    policy: str = "lfru",
+    policy: str = "rates",
     depth: int = 2,
     window: int = 1,
     chunks: int = 4,
