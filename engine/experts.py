@@ -113,13 +113,9 @@ class ExpertsHook:
         started, waited = time.perf_counter(), self._ledger.counters.wait_seconds
         reads = self._ledger.counters.cold
         self.usage[layer] += torch.bincount(top_k.flatten(), minlength=len(self.usage[layer]))
-        work = _LayerWork(module, hidden, top_k, weights)
         if self._lookahead is not None:
             self._lookahead.observe(layer, top_k)
-        if len(work.experts) <= self._manifest.layers[layer].top_k:
-            hits, computed = self._decode(layer, work)
-        else:
-            hits, computed = self._prefill(layer, work)
+        y, hits, computed = self._compute(layer, module, hidden, top_k, weights)
         nbytes = (self._ledger.counters.cold - reads) * self._manifest.class_of(layer).nbytes
         waited = self._ledger.counters.wait_seconds - waited
         timing = LayerTiming(
@@ -134,7 +130,40 @@ class ExpertsHook:
         )
         self._ledger.timings.append(timing)
         self._last_end = time.perf_counter()
-        return work.result(self._kernels_of(layer))
+        return y
+
+    def _compute(
+        self,
+        layer: int,
+        module: nn.Module,
+        hidden: torch.Tensor,
+        top_k: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, float, float]:
+        """The layer's output; seconds of compute for hits and for all."""
+        if self.present is not None and len(hidden) == 1:
+            experts = sorted(set(top_k[0].tolist()))
+            found = self.present.leased(
+                layer, hidden, top_k, weights, lambda: self._lease(layer, experts)
+            )
+            if found is not None:
+                return found
+        work = _LayerWork(module, hidden, top_k, weights)
+        if len(work.experts) <= self._manifest.layers[layer].top_k:
+            hits, computed = self._decode(layer, work)
+        else:
+            hits, computed = self._prefill(layer, work)
+        return work.result(self._kernels_of(layer)), hits, computed
+
+    def _lease(self, layer: int, experts: list[int]) -> Lease:
+        """Of `experts`; what the next layer will want is asked for, too."""
+        lease = self._residency.lease(layer, experts)
+        try:
+            self._look_ahead(layer)
+        except BaseException:
+            lease.release()
+            raise
+        return lease
 
     def end_forward(self, tokens: int) -> None:
         """The forward pass is over: what came after the last experts is resident compute too."""
@@ -146,8 +175,7 @@ class ExpertsHook:
 
     def _decode(self, layer: int, work: "_LayerWork") -> tuple[float, float]:
         """Hits first, then misses as they arrive; seconds of compute for hits and for all."""
-        with self._residency.lease(layer, work.experts) as lease:
-            self._look_ahead(layer)
+        with self._lease(layer, work.experts) as lease:
             hits = self._compute_all(layer, list(lease.ready), work)
             misses = self._compute_arrivals(lease, work)
         return hits, hits + misses

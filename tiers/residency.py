@@ -59,11 +59,13 @@ class Residency:
 
     def served(self, experts: NDArray[np.int64]) -> None:
         """Distinct `experts`, numbered over all layers, were used at this step where they lay,
-        without a lease, and nothing has moved since; only where nothing is ever promoted."""
+        without a lease; only where nothing is ever promoted. Some may have made way since for what
+        was read ahead."""
         placement = self.placement
         tier, count = placement.landing, len(experts)
         placement.policy.used(experts, placement.step)
-        tier.proven[[placement.homes[expert].slot for expert in experts.tolist()]] = True
+        homes = map(placement.homes.get, experts.tolist())
+        tier.proven[[home.slot for home in homes if home is not None]] = True
         if tier is placement.hot:
             placement.ledger.counters.hot += count
         else:

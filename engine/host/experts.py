@@ -1,9 +1,13 @@
-"""A token's experts where they lie, without a lease, where all are in RAM.
+"""A token's experts where they lie: without a lease where all are in RAM, else beside their reads.
 
-Nothing else runs on the model's thread meanwhile but the look-ahead, which spares them. What was
-used is written into a journal, and the books are kept once per token, or before anything else looks
-at them.
+Without a lease nothing else runs on the model's thread meanwhile but the look-ahead, which spares
+them. What was used is written into a journal, and the books are kept once per token, or before
+anything else looks at them.
 """
+
+import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +19,7 @@ from tierrun.engine.kernels.token_experts import BEGAN, ENDED, USED, Scratch, To
 from tierrun.engine.lookahead import Lookahead
 from tierrun.tiers.ledger import LayerTiming, Ledger
 from tierrun.tiers.present import Present
-from tierrun.tiers.residency import Residency
+from tierrun.tiers.residency import Lease, Residency
 
 _NOBODY = -1
 _NANO = 1e-9
@@ -79,6 +83,44 @@ class PresentExperts:
             call.finish(weights.data_ptr(), y.data_ptr())
         return y
 
+    def leased(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        top_k: torch.Tensor,
+        weights: torch.Tensor,
+        meanwhile: Callable[[], Lease],
+    ) -> tuple[torch.Tensor, float, float] | None:
+        """The layer's output [1, H] for one token, some of whose experts must be read; seconds that
+        this thread computed those that were there, and all. None where there are no kernels.
+
+        `meanwhile` leases them: it is called while the other threads compute those that are there,
+        and may move no other.
+        """
+        call = self._calls[layer]
+        if call is None or not call.takes(hidden, top_k, weights):
+            return None
+        y, given = torch.empty_like(hidden), (hidden.data_ptr(), top_k.data_ptr())
+        call.start()
+        started = time.perf_counter()
+        begun = call.begin_some(*given)
+        hits = time.perf_counter() - started
+        try:
+            lease = meanwhile()
+        finally:
+            if begun:
+                hits += _seconds(call.finish_some)
+        with lease:
+            hits += _seconds(self._some, call, given)  # what came in just now
+            computed = hits + sum(_seconds(self._some, call, given) for _ in lease.arrivals())
+            call.sum(weights.data_ptr(), y.data_ptr())
+        return y, hits, computed
+
+    @staticmethod
+    def _some(call: TokenExperts, given: tuple[int, int]) -> None:
+        if call.begin_some(*given):
+            call.finish_some()
+
     def noted(self) -> None:
         """A layer has written into the journal."""
         self._filled = True
@@ -126,3 +168,10 @@ class PresentExperts:
             last_end = ended
         journal[:, BEGAN // 8] = 0
         return last_end
+
+
+def _seconds(function: Callable[..., None], *given: Any) -> float:
+    """That a call took."""
+    started = time.perf_counter()
+    function(*given)
+    return time.perf_counter() - started

@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""A layer's experts for one token, all of which lie in RAM, in two compiled calls.
+"""A layer's experts for one token, where they lie in RAM, in two compiled calls.
 
-Which they are and where they lie is looked up here; what was used is noted in a journal, from which
-the books are kept once per token.
+Which they are and where they lie is looked up here. Where all are there, what was used is noted in
+a journal, from which the books are kept once per token; else a lease keeps them, and those that are
+there are computed while others arrive.
 """
 
 import numpy as np
@@ -53,7 +54,7 @@ class TokenExperts:
         self._workers = kernels.workers
         self._kept = shared, addresses, journal
         lane, count = shared.lane, len(shared.out)
-        self._top_k = count
+        self._top_k, self._left = count, shared.left
         words = [lane.state, lane.perform, lane.job.ctypes.data, lane.table.ctypes.data]
         words += [shared.out.ctypes.data, lane.tasks_per_record, count, shared.out.shape[1]]
         words += [addresses.ctypes.data, usage, journal.ctypes.data, len(addresses), first]
@@ -88,14 +89,41 @@ class TokenExperts:
         finish_experts(self.address, weights, target)
         self._workers.release()
 
+    def start(self) -> None:
+        """A token whose experts are not all there: none of them is computed yet."""
+        self._left[:] = 1
+
+    def begin_some(self, hidden: int, top_k: int) -> bool:
+        """As `begin`, with those that are there now and have not been computed since `start`.
+
+        False where there are none; else `finish_some` must follow, and until then no expert that is
+        there may move.
+        """
+        self._workers.claim()
+        begun = bool(begin_some(self.address, hidden, top_k, self._left.ctypes.data))
+        if not begun:
+            self._workers.release()
+        return begun
+
+    def finish_some(self) -> None:
+        """Help with what was begun."""
+        finish(self._workers.state)
+        self._workers.release()
+
+    def sum(self, weights: int, target: int) -> None:
+        """What `finish` puts at `target`, where all have been computed."""
+        assert not self._left.any(), "an expert that was leased is not there"
+        sum_experts(self.address, weights, target)
+
 
 class Scratch:
-    """What all layers of one geometry share: the outputs [k, H] of one token's experts, and a job
-    that computes them."""
+    """What all layers of one geometry share: the outputs [k, H] of one token's experts, which of
+    them are `left` to be computed, and a job that computes them."""
 
     def __init__(self, kernels: HostExperts, top_k: int) -> None:
         hidden, outer = kernels.widths
         self.out = np.zeros((top_k, outer), np.float32)
+        self.left = np.zeros(top_k, np.int64)
         self.lane = kernels.lane(
             np.zeros((1, hidden), np.float32),
             self.out,
@@ -127,26 +155,70 @@ def _note(layer, top_k):
         put_word(journal + USED + 8 * i, word(layer + _FIRST) + expert)
 
 
+@njit("void(int64, int64, int64, int64)", nogil=True, cache=True)
+def _put_row(layer, number, pairs, entry):
+    """Row `number` of the table: the expert at `entry` (an address) of those chosen."""
+    row = word(layer + _TABLE) + TABLE_ROW * number
+    put_word(row + ADDRESS, word(word(layer + _ADDRESSES) + 8 * word(entry)))
+    put_word(row + BEGIN, number)
+    put_word(row + END, number + 1)
+    put_word(row + DONE, 0)
+    put_word(pairs + 16 * number + 8, 0)
+
+
+@njit("void(int64, int64, int64)", nogil=True, cache=True)
+def _start(layer, hidden, records):
+    """Let the threads go through so many rows of the table."""
+    job = word(layer + _JOB)
+    put_word(job + RECORDS, records)
+    put_word(job + UNQUANTISED, hidden)
+    prepare(job, 1)
+    begin(word(layer + _STATE), word(layer + _PERFORM), job, records * word(layer + _TASKS))
+
+
+@njit("boolean(int64, int64)", nogil=True, cache=True)
+def _is_there(layer, expert):
+    known = 0 <= expert < word(layer + _EXPERTS)
+    return known and word(word(layer + _ADDRESSES) + 8 * expert) != 0
+
+
+@njit("boolean(int64, int64, int64, int64)", nogil=True, cache=True)
+def begin_some(layer, hidden, top_k, left):
+    """See `TokenExperts.begin_some`; `left` int64 [k]: 0 where nothing is to be done any more."""
+    found, count = 0, word(layer + _COUNT)
+    for i in range(count):
+        found += word(left + 8 * i) != 0 and _is_there(layer, word(top_k + 8 * i))
+    if found == 0:
+        return False
+    pairs, number = word(layer + _TABLE) + TABLE_ROW * found, 0
+    for i in range(count):
+        if number < found and word(left + 8 * i) != 0 and _is_there(layer, word(top_k + 8 * i)):
+            _put_row(layer, number, pairs, top_k + 8 * i)
+            put_word(pairs + 16 * number, i)
+            put_word(left + 8 * i, 0)
+            number += 1
+    _start(layer, hidden, found)
+    return True
+
+
+@njit("void(int64, int64, int64)", nogil=True, cache=True)
+def sum_experts(layer, weights, target):
+    """See `TokenExperts.sum`."""
+    weighted_sum(word(layer + _OUT), weights, word(layer + _COUNT), word(layer + _WIDTH), target)
+
+
 @njit("boolean(int64, int64, int64)", nogil=True, cache=True)
 def begin_experts(layer, hidden, top_k):
     """See `TokenExperts.begin`."""
     if not _all_there(layer, top_k):
         return False
     put_word(word(layer + _JOURNAL) + BEGAN, nanoseconds())
-    job, table, count = word(layer + _JOB), word(layer + _TABLE), word(layer + _COUNT)
-    pairs = table + TABLE_ROW * count
+    count = word(layer + _COUNT)
+    pairs = word(layer + _TABLE) + TABLE_ROW * count
     for i in range(count):
-        row = table + TABLE_ROW * i
-        put_word(row + ADDRESS, word(word(layer + _ADDRESSES) + 8 * word(top_k + 8 * i)))
-        put_word(row + BEGIN, i)
-        put_word(row + END, i + 1)
-        put_word(row + DONE, 0)
+        _put_row(layer, i, pairs, top_k + 8 * i)
         put_word(pairs + 16 * i, i)
-        put_word(pairs + 16 * i + 8, 0)
-    put_word(job + RECORDS, count)
-    put_word(job + UNQUANTISED, hidden)
-    prepare(job, 1)
-    begin(word(layer + _STATE), word(layer + _PERFORM), job, count * word(layer + _TASKS))
+    _start(layer, hidden, count)
     _note(layer, top_k)
     return True
 
@@ -155,5 +227,5 @@ def begin_experts(layer, hidden, top_k):
 def finish_experts(layer, weights, target):
     """See `TokenExperts.finish`."""
     finish(word(layer + _STATE))
-    weighted_sum(word(layer + _OUT), weights, word(layer + _COUNT), word(layer + _WIDTH), target)
+    sum_experts(layer, weights, target)
     put_word(word(layer + _JOURNAL) + ENDED, nanoseconds())

@@ -1,5 +1,6 @@
 """Layers of a token in one compiled call: the same as one by one, and undone where it was wrong."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import tierrun
 from tierrun.engine.engine import Engine
 from tierrun.engine.host.layers import QuickLayer
 from tierrun.engine.host.run import LayerRun
+from tierrun.engine.kernels.token_experts import TokenExperts
 from tierrun.engine.kernels.token_run import Stop, TokenRun
+from tierrun.io.errors import CorruptError
+from tierrun.io.store import ExpertKey
 
 TOKENS = PROMPT[:10]
 
@@ -132,3 +136,51 @@ def test_what_was_computed_from_something_else_is_undone(packed: Path) -> None:
         assert torch.equal(logits(engine, learnt=True), wanted)
         with_nothing_added = fed(engine)
     assert torch.equal(with_nothing_added, wanted[len(TOKENS) :])
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether some experts of a token were computed, for each call for those that are there."""
+    found: list[bool] = []
+    plain = TokenExperts.begin_some
+
+    def begin_some(self: TokenExperts, hidden: int, top_k: int) -> bool:
+        found.append(plain(self, hidden, top_k))
+        return found[-1]
+
+    monkeypatch.setattr(TokenExperts, "begin_some", begin_some)
+    return found
+
+
+def test_where_some_must_be_read_those_that_are_there_are_computed_meanwhile(
+    packed: Path, begun: list[bool]
+) -> None:
+    with opened(packed) as engine:
+        wanted = [fed(engine) for _ in range(2)][-1]
+        assert True in begun, "of each layer's first tokens"
+        begun.clear()
+        assert torch.equal(fed(engine), wanted)
+        assert not begun, "all are there"
+    with opened(packed, ram=str(128 << 10)) as engine:
+        assert torch.equal(fed(engine), wanted)
+        assert {True, False} == set(begun)
+        engine.check_integrity()
+
+
+def test_a_read_that_fails_beside_the_others_leaves_nothing_claimed(
+    packed: Path, tmp_path: Path
+) -> None:
+    own = shutil.copytree(packed, tmp_path / "own", ignore=shutil.ignore_patterns("usage.*"))
+    with opened(own) as engine:
+        fed(engine)
+        expert = int(engine.hook.usage[2].argmax())
+        record, extent = engine.store.locate(ExpertKey(2, expert))
+        path = engine.store.shard_paths[record.shard]
+    with path.open("r+b") as shard:
+        shard.seek(extent.offset + 64)
+        shard.write(b"\xff" * 64)
+    with opened(own, ram=str(128 << 10)) as engine:
+        for _ in range(2):
+            with pytest.raises(CorruptError, match=f"layer 2, expert {expert} "):
+                fed(engine)
+            engine.check_integrity()

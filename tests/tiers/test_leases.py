@@ -1,5 +1,6 @@
 """Decode: experts leased, read where they are missing, and given back."""
 
+import numpy as np
 import pytest
 from tests.fakes import FOREVER, wait_until
 from tests.tiers.rig import hold_all, let_go, make_rig
@@ -181,3 +182,15 @@ def test_a_failed_lookahead_is_read_again_on_demand() -> None:
         rig.residency.look_ahead(1, [2])
         wait_until(lambda: all(t.ended for t in rig.placement.landing.tickets.values()))
         rig.decode(1, [2])
+
+
+def test_what_was_used_without_a_lease_may_have_made_way_since() -> None:
+    with make_rig(warm=(3,)) as rig:
+        rig.residency.next_step()
+        rig.decode(0, [0, 1])
+        before = rig.counters.warm
+        rig.decode(1, [0, 1])  # takes a slot of the others
+        assert None in [rig.residency.placement.home(0, expert) for expert in (0, 1)]
+        rig.residency.served(np.array([0, 1]))
+        assert rig.counters.warm == before + 2
+        rig.residency.check_integrity()
