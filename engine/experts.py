@@ -36,6 +36,10 @@ _hooks = WeakKeyDictionary()
 """Experts module → the hook of the engine it belongs to; keeps neither alive."""
 
 
+_TOGETHER = 8
+"""Experts of a prompt that are computed in one call, where they are there: enough that the threads
+of many cores end together, and reads that run ahead are topped up in between."""
+
 Matrices = dict[str, Weight]
 """The matrices and biases of one record, by name."""
 
@@ -194,8 +198,8 @@ class ExpertsHook:
         """Every expert once, most used first; seconds of compute for hits and for all."""
         counters = self._ledger.counters
         cold, hits, computed = counters.cold, 0.0, 0.0
-        for held in self._residency.stream(layer, work.experts, self._window):
-            seconds = self._compute_all(layer, [held], work)
+        for group in self._residency.groups(layer, work.experts, self._window, _TOGETHER):
+            seconds = self._compute_all(layer, group, work)
             computed += seconds
             hits += seconds if cold == counters.cold else 0.0
             cold = counters.cold

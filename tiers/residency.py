@@ -14,6 +14,7 @@ tier of at least `top_k` + 1 slots of each class (`tierrun.tiers.budget` refuses
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from types import TracebackType
 from typing import NamedTuple
 
@@ -198,9 +199,18 @@ class Residency:
         return tier.num_slots_of(record_class) // layers - int(np.sum(mine))
 
     def stream(self, layer: int, experts: Sequence[int], window: int) -> Iterator[Held]:
-        """Each of the distinct `experts` once, leased until the next one is asked for.
+        """Each of the distinct `experts` once, leased until the next one is asked for; as
+        `groups`, one at a time."""
+        for group in self.groups(layer, experts, window, 1):
+            yield from group
 
-        Those in a tier come first, while up to `window` reads run ahead of the consumer.
+    def groups(
+        self, layer: int, experts: Sequence[int], window: int, together: int
+    ) -> Iterator[list[Held]]:
+        """Each of the distinct `experts` once, leased until the next ones are asked for.
+
+        Those in a tier come first, up to `together` at a time, while up to `window` reads run ahead
+        of the consumer; the others one by one.
         """
         self.placement.harvest()
         reads = _PrefillReads(self.placement, layer, window, self.share(layer))
@@ -217,24 +227,29 @@ class Residency:
                 reads.wanted.appendleft(expert)
                 self.placement.ledger.counters.ahead_late += expert in self._ahead[layer]
         self._layer_passed(layer, experts)
-        yield from self._stream_held(hits, reads)
+        yield from self._stream_held(hits, reads, together)
 
-    def _stream_held(self, hits: deque[Held], reads: "_PrefillReads") -> Iterator[Held]:
+    @staticmethod
+    def _stream_held(
+        hits: deque[Held], reads: "_PrefillReads", together: int
+    ) -> Iterator[list[Held]]:
         for held in hits:
             held.tier.leases[held.slot] += 1
         try:
             while hits:
                 reads.top_up()
-                yield hits[0]
-                done = hits.popleft()
-                done.tier.leases[done.slot] -= 1
+                group = list(islice(hits, together))
+                yield group
+                for held in group:
+                    hits.popleft()
+                    held.tier.leases[held.slot] -= 1
         finally:
             for held in hits:
                 held.tier.leases[held.slot] -= 1
         while (arrived := reads.next()) is not None:
             arrived.tier.leases[arrived.slot] += 1
             try:
-                yield arrived
+                yield [arrived]
             finally:
                 arrived.tier.leases[arrived.slot] -= 1
 

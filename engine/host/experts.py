@@ -102,15 +102,18 @@ class PresentExperts:
             return None
         y, given = torch.empty_like(hidden), (hidden.data_ptr(), top_k.data_ptr())
         call.start()
-        started = time.perf_counter()
-        begun = call.begin_some(*given)
-        hits = time.perf_counter() - started
+        began = time.perf_counter()
+        begun, left = call.begin_some(*given), False
+        paused = time.perf_counter()
         try:
             lease = meanwhile()
         finally:
+            resumed = time.perf_counter()
             if begun:
-                hits += _seconds(call.finish_some)
+                left = call.finish_some()
+            ended = time.perf_counter()
         with lease:
+            hits = compute_seconds(ended - began, resumed - paused, left, call.threads)
             hits += _seconds(self._some, call, given)  # what came in just now
             computed = hits + sum(_seconds(self._some, call, given) for _ in lease.arrivals())
             call.sum(weights.data_ptr(), y.data_ptr())
@@ -168,6 +171,16 @@ class PresentExperts:
             last_end = ended
         journal[:, BEGAN // 8] = 0
         return last_end
+
+
+def compute_seconds(elapsed: float, elsewhere: float, left: bool, threads: int) -> float:
+    """What would have taken `threads` threads so long as they computed, all the time.
+
+    One of them was `elsewhere`; the others computed all the time if something was `left` when it
+    came back, else at least as long as it did.
+    """
+    own = elapsed - elsewhere
+    return (own + (threads - 1) * (elapsed if left else own)) / threads
 
 
 def _seconds(function: Callable[..., None], *given: Any) -> float:

@@ -24,7 +24,7 @@ from tierrun.engine.kernels.int8_tasks import prepare
 from tierrun.engine.kernels.jit import njit
 from tierrun.engine.kernels.native import nanoseconds, put_word, word
 from tierrun.engine.kernels.reals import weighted_sum
-from tierrun.engine.kernels.workers import begin, finish
+from tierrun.engine.kernels.workers import begin, finish, load_left
 
 (
     _STATE, _PERFORM, _JOB, _TABLE, _OUT, _TASKS, _COUNT, _WIDTH, _ADDRESSES, _USAGE, _JOURNAL,
@@ -105,10 +105,17 @@ class TokenExperts:
             self._workers.release()
         return begun
 
-    def finish_some(self) -> None:
-        """Help with what was begun."""
+    def finish_some(self) -> bool:
+        """Help with what was begun; whether anything of it was left."""
+        left = bool(load_left(self._workers.state))
         finish(self._workers.state)
         self._workers.release()
+        return left
+
+    @property
+    def threads(self) -> int:
+        """That compute, the caller's among them."""
+        return self._workers.threads
 
     def sum(self, weights: int, target: int) -> None:
         """What `finish` puts at `target`, where all have been computed."""

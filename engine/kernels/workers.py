@@ -49,6 +49,7 @@ class Workers:
     """`threads` threads, of which the caller's is one; the others end with this object."""
 
     def __init__(self, threads: int) -> None:
+        self.threads = threads
         self._memory = np.zeros(STATE_BYTES // 8 + 16, np.int64)
         state = -(-self._memory.ctypes.data // 128) * 128
         self._state = state

@@ -99,6 +99,15 @@ def model(model_of: Callable[[str], Model]) -> Model:
     return model_of("qwen3_moe")
 
 
+@pytest.fixture(scope="session")
+def packed(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That model in a store where everything that can be in Q8_0 is. Do not change its files."""
+    store = tmp_path_factory.mktemp("packed") / "store"
+    with quiet():
+        tierrun.convert(model.checkpoint, store, quant="q8_0", quant_resident="q8_0")
+    return store
+
+
 @pytest.fixture
 def own_store(model: Model, tmp_path: Path) -> Path:
     """A copy of that model's store as converted, to damage or change."""

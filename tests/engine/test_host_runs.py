@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.checkpoints import quiet
-from tests.engine.conftest import PROMPT, Model
+from tests.engine.quick import TOKENS, fed, opened
 from torch import nn
 
-import tierrun
 from tierrun.engine.engine import Engine
 from tierrun.engine.host.layers import QuickLayer
 from tierrun.engine.host.run import LayerRun
@@ -19,27 +17,6 @@ from tierrun.engine.kernels.token_experts import TokenExperts
 from tierrun.engine.kernels.token_run import Stop, TokenRun
 from tierrun.io.errors import CorruptError
 from tierrun.io.store import ExpertKey
-
-TOKENS = PROMPT[:10]
-
-
-@pytest.fixture(scope="module")
-def packed(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that can be in Q8_0 is."""
-    store = tmp_path_factory.mktemp("runs") / "store"
-    with quiet():
-        tierrun.convert(model.checkpoint, store, quant="q8_0", quant_resident="q8_0")
-    return store
-
-
-def opened(store: Path, **options: Any) -> Engine:
-    return tierrun.load(store, **{"ram": "1GiB", "device": "cpu"} | options)
-
-
-def fed(engine: Engine) -> torch.Tensor:
-    """Logits after each token, one at a time; the experts that the first need are read."""
-    session = engine.session()
-    return torch.stack([session.prefill([token]) for token in TOKENS])
 
 
 def layers_of(engine: Engine) -> list[QuickLayer]:

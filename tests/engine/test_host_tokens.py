@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from tests.checkpoints import quiet
-from tests.engine.conftest import PROMPT, Model
+from tests.engine.conftest import Model
 from tests.engine.models import save_runnable
+from tests.engine.quick import fed, opened
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -18,36 +18,17 @@ from tierrun.engine.engine import Engine
 from tierrun.engine.host import tokens
 from tierrun.engine.host.attention import QuickAttention
 from tierrun.engine.host.cache import GrowingLayer, let_grow
+from tierrun.engine.host.experts import compute_seconds
 from tierrun.engine.host.linears import QuickLinear
 from tierrun.engine.host.norms import TokenNorm, quicken_norms
 from tierrun.engine.host.routers import QuickRouter
 from tierrun.engine.host.threads import TorchThreads
 from tierrun.engine.kernels.token_experts import TokenExperts
 
-TOKENS = PROMPT[:12]
 UNUSUAL = (
     *("qwen3_next", "qwen3_5_moe_text", "kimi_linear", "bailing_hybrid", "granitemoehybrid"),
     *("jamba", "minimax", "gpt_oss", "deepseek_v3", "granitemoe", "mixtral"),
 )
-
-
-@pytest.fixture(scope="module")
-def packed(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that can be in Q8_0 is."""
-    store = tmp_path_factory.mktemp("quick") / "store"
-    with quiet():
-        tierrun.convert(model.checkpoint, store, quant="q8_0", quant_resident="q8_0")
-    return store
-
-
-def opened(store: Path, **options: Any) -> Engine:
-    return tierrun.load(store, **{"ram": "1GiB", "device": "cpu"} | options)
-
-
-def fed(engine: Engine) -> torch.Tensor:
-    """Logits after each token, one at a time."""
-    session = engine.session()
-    return torch.stack([session.prefill([token]) for token in TOKENS])
 
 
 def count(engine: Engine, kind: type[nn.Module]) -> int:
@@ -181,3 +162,10 @@ def test_torch_has_one_thread_where_kernels_compute() -> None:
 
 def test_there_is_a_core_to_run_on() -> None:
     assert physical_cores() >= 1
+
+
+def test_seconds_of_compute_are_those_of_all_threads() -> None:
+    assert compute_seconds(3.0, 0.0, False, 4) == 3.0
+    assert compute_seconds(3.0, 2.0, True, 2) == 2.0  # one second of one thread, three of another
+    assert compute_seconds(3.0, 2.0, False, 2) == 1.0  # nobody knows when the other ended
+    assert compute_seconds(3.0, 2.0, True, 1) == 1.0
