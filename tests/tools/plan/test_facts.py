@@ -116,6 +116,9 @@ RIGHT = [
     from_store("H200: 35B q4_k, all in VRAM", "gpu_decode_35b_q4_k_h200", Q4),
     from_store("H200: 35B q4_k, all in VRAM, `--exact`", "gpu_decode_35b_q4_k_exact_h200", Q4),
     from_store("H200: 30B bf16, all in VRAM", "gpu_decode_30b_bf16_h200", BF16),
+    from_store(
+        "H200 (16 cores): 35B q4_k, 20 % in VRAM", "gpu_decode_35b_q4_k_vram20_h200_rates", Q4
+    ),
     lanes_row("H200: 35B q4_k, 1 % in VRAM, GPU reads RAM", "gpu"),
     lanes_row("H200: 35B q4_k, 1 % in VRAM, CPU computes in RAM", "cpu"),
     lanes_row("H200: 35B q4_k, 1 % in VRAM, both", "auto"),
