@@ -18,7 +18,8 @@ Experts = NDArray[np.int64]
 class Policy(Protocol):
     """Ranks experts by how much it is worth to keep them.
 
-    Guarantees: `worth` changes nothing; equal calls give equal answers.
+    Guarantees: `worth` changes nothing, and each expert's is the same number, to the last bit,
+    whatever others are asked for with it.
     """
 
     name: str
@@ -100,23 +101,25 @@ class Rates:
         self, num_experts: int, half_lives: tuple[float, ...] = (2.0, 16.0, 1024.0)
     ) -> None:
         self._half_lives = np.array(half_lives)
-        self._sums = np.zeros((num_experts, len(half_lives)))
+        self._sums = np.zeros((len(half_lives), num_experts))
         """Each use counts 2^(its step / half-life): so nothing that is not used has to decay."""
         self._origin = 0
         """The step that is counted as 0, moved on before numbers become too large."""
 
     def used(self, experts: Experts, step: int) -> None:
         if step - self._origin >= _REBASE:
-            self._sums *= self._decay(step)
+            self._sums *= self._decay(step)[:, None]
             self._origin = step
-        self._sums[experts] += 1.0 / self._decay(step)
+        self._sums[:, experts] += 1.0 / self._decay(step)[:, None]
 
     def worth(self, experts: Experts, step: int) -> NDArray[np.float64]:
         kept = np.exp2(-1.0 / self._half_lives)
         # A use at each of the steps so far would bring a sum, decayed, to the inverse of these.
-        shares = (1.0 - kept) / (1.0 - kept ** (step + 1))
-        worth: NDArray[np.float64] = self._sums[experts] @ (self._decay(step) * shares)
-        return worth / len(kept)
+        shares = self._decay(step) * (1.0 - kept) / (1.0 - kept ** (step + 1)) / len(kept)
+        worth = np.zeros(len(experts))
+        for sums, share in zip(self._sums, shares, strict=True):  # a product of matrices would
+            worth += sums[experts] * share  # round differently with the number of experts
+        return worth
 
     def rate(self, experts: Experts, step: int) -> NDArray[np.float64]:
         return np.minimum(1.0, self.worth(experts, step))

@@ -131,6 +131,17 @@ def test_asking_changes_nothing(name: str, history: list[tuple[int, set[int]]]) 
     assert worth_of_all(asked, step) == worth_of_all(left_alone, step)
 
 
+@pytest.mark.parametrize("name", POLICIES)
+@given(history=histories, later=st.integers(0, 50))
+def test_worth_does_not_depend_on_what_else_is_asked(
+    name: str, history: list[tuple[int, set[int]]], later: int
+) -> None:
+    policy = make_policy(name, NUM_EXPERTS)
+    step = replay(policy, history)[0] + later
+    alone = [policy.worth(np.array([expert]), step)[0] for expert in range(NUM_EXPERTS)]
+    assert alone == worth_of_all(policy, step)
+
+
 def test_an_unknown_policy_is_refused_with_the_choices() -> None:
     with pytest.raises(UsageError, match="--policy belady: choose rates, lfru, lru, layers"):
         make_policy("belady", NUM_EXPERTS)
