@@ -106,7 +106,8 @@ class VramRig:
             return []
         self.account()
         found = list(self.computed)
-        if len(experts) > self.rig.placement.top_k[layer] and self.in_place:
+        many = len(experts) > self.rig.placement.top_k[layer] and self.in_place
+        if many or self.vram.in_ram is InRam.FOR_HOST:  # as the engine does
             self.copies.synchronize()  # what is read in RAM may be replaced by the first group
             self.unaccounted.append((layer, np.setdiff1d(experts, missing)))
             self.account()
