@@ -125,6 +125,11 @@ RIGHT = [
 ]
 
 WRONG = [
+    from_store(
+        "H200 (16 cores, a slower host): 35B q4_k, 20 % in VRAM",
+        "gpu_decode_35b_q4_k_vram20_h200_rates_2",
+        Q4,
+    ),
     from_store("H200: 35B q4_k, 20 % in VRAM", "gpu_decode_35b_q4_k_vram20_2048_h200", Q4),
     from_store(
         "H200: 35B q4_k, 20 % in VRAM, `--exact`", "gpu_decode_35b_q4_k_vram20_exact_h200", Q4
