@@ -161,15 +161,15 @@ def _about(cells: Sequence[Cell]) -> Iterator[str]:
     )
     if INT8 in kernels:
         yield (
-            f"{INT8}: as decode computes; unpacks in registers, activations rounded to int8 by "
-            "blocks of 32"
+            f"{INT8}: as the engine computes packed weights; activations rounded to int8 by blocks "
+            "of 32, unpacked in registers, for more than 8 tokens in caches"
         )
     if FP32 in kernels:
-        yield f"{FP32}: the same with activations in fp32"
+        yield f"{FP32}: activations in fp32, unpacked in registers"
     if EXPAND in kernels:
         yield (
-            f"{EXPAND}: expands to fp32 tile by tile, for torch's products, as for prompts and "
-            "with --exact"
+            f"{EXPAND}: expands to fp32 tile by tile, for torch's products, as the engine does "
+            "with --exact, and where there is no int8 kernel"
         )
     if CACHE in {cell.key["from"] for cell in cells}:
         yield f"from {CACHE}: always the same expert, or matrix; shares are of memory all the same"
