@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
     from tierrun.engine.kernels.workers import Workers
 
-_TASK_WEIGHTS = 1 << 17
-"""Weights of a task: some 10 µs, so that threads end together."""
-
 
 class Int8Linear:
     """Owns the rows of blocks that activations become, so one call at a time.
@@ -55,7 +52,7 @@ class Int8Linear:
         few = len(x) <= FEW_TOKENS
         rows = self._room(len(x), geometry[COLUMNS], few=few)
         code = int8_tasks.tile_function if few else int8_tasks.panel_function
-        each = 2 * max(1, _TASK_WEIGHTS // (2 * TILE_ROWS * geometry[COLUMNS])) if few else 1
+        each = int8_tasks.tiles_of_task(geometry[COLUMNS]) if few else 1
         job = np.array(
             [
                 *(code(geometry), matrix.ctypes.data, weight.data.data_ptr()),

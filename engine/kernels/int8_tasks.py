@@ -57,6 +57,7 @@ TILE_BYTES = 4 * TILE_ROWS * TOGETHER
 _TWO_TILES, _THREE_TILES = 2 * TILE_BYTES, 3 * TILE_BYTES
 _ROW_BYTES, _INPUT_BYTES = 4 * TILE_ROWS, 8 * TOGETHER
 
+_TASK_WEIGHTS = 1 << 17
 DOWN_TILES = 4
 """Tiles of a task of down: some 10 µs of a small expert; even, as two are computed together."""
 
@@ -86,6 +87,12 @@ def tile_function(M: Geometry, way: Way | None = None) -> int:
         ValueError: there is an `obstacle`.
     """
     return _address(M, way, _tile)
+
+
+def tiles_of_task(columns: int) -> int:
+    """Of a matrix so wide, for a few tokens: some 10 µs, so that threads end together; even, as two
+    tiles are computed together."""
+    return 2 * max(1, _TASK_WEIGHTS // (2 * TILE_ROWS * columns))
 
 
 def panel_function(M: Geometry, way: Way | None = None) -> int:
@@ -342,15 +349,18 @@ def _linear(job, task):
                     call_six(code, matrix, base, other, count, inputs, sums + TILE_BYTES)
             for i in range(count):
                 row = word(job + L_OUT) + 4 * width * (start + i)
-                _put(row, width, tile, sums + _ROW_BYTES * i)
-                _put(row, width, other, sums + TILE_BYTES + _ROW_BYTES * i)
+                put_tile(row, width, tile, 0, sums + _ROW_BYTES * i)
+                put_tile(row, width, other, 0, sums + TILE_BYTES + _ROW_BYTES * i)
 
 
-@njit("void(int64, int64, int64, int64)", cache=True)
-def _put(row, width, tile, sums):
-    """The sums of a tile into a row of results; there may be no such tile."""
-    for r in range(min(TILE_ROWS, width - TILE_ROWS * tile)):
-        put_real(row + 4 * (TILE_ROWS * tile + r), real(sums + 4 * r))
+@njit("void(int64, int64, int64, int64, int64)", cache=True)
+def put_tile(to, width, tile, bias, sums):
+    """The sums of a tile, and its bias (0: none), in a row of results; if there is such a tile."""
+    for r in range(TILE_ROWS * tile, min(TILE_ROWS * (tile + 1), width)):
+        value = real(sums + 4 * (r - TILE_ROWS * tile))
+        if bias != 0:
+            value += real(bias + 4 * r)
+        put_real(to + 4 * r, value)
 
 
 @lru_cache

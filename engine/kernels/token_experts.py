@@ -140,11 +140,16 @@ class Scratch:
 
 
 @njit("boolean(int64, int64)", nogil=True, cache=True)
+def _is_there(layer, expert):
+    known = 0 <= expert < word(layer + _EXPERTS)
+    return known and word(word(layer + _ADDRESSES) + 8 * expert) != 0
+
+
+@njit("boolean(int64, int64)", nogil=True, cache=True)
 def _all_there(layer, top_k):
-    addresses, count = word(layer + _ADDRESSES), word(layer + _COUNT)
-    for i in range(count):
+    for i in range(word(layer + _COUNT)):
         expert = word(top_k + 8 * i)
-        if not 0 <= expert < word(layer + _EXPERTS) or word(addresses + 8 * expert) == 0:
+        if not _is_there(layer, expert):
             return False
         for j in range(i):
             if word(top_k + 8 * j) == expert:
@@ -162,14 +167,16 @@ def _note(layer, top_k):
         put_word(journal + USED + 8 * i, word(layer + _FIRST) + expert)
 
 
-@njit("void(int64, int64, int64, int64)", nogil=True, cache=True)
-def _put_row(layer, number, pairs, entry):
-    """Row `number` of the table: the expert at `entry` (an address) of those chosen."""
-    row = word(layer + _TABLE) + TABLE_ROW * number
-    put_word(row + ADDRESS, word(word(layer + _ADDRESSES) + 8 * word(entry)))
+@njit("void(int64, int64, int64, int64, int64)", nogil=True, cache=True)
+def _put_row(layer, number, records, top_k, i):
+    """Row `number` of the table of so many: number `i` of the chosen experts, and of outputs."""
+    table = word(layer + _TABLE)
+    row, pairs = table + TABLE_ROW * number, table + TABLE_ROW * records
+    put_word(row + ADDRESS, word(word(layer + _ADDRESSES) + 8 * word(top_k + 8 * i)))
     put_word(row + BEGIN, number)
     put_word(row + END, number + 1)
     put_word(row + DONE, 0)
+    put_word(pairs + 16 * number, i)
     put_word(pairs + 16 * number + 8, 0)
 
 
@@ -183,12 +190,6 @@ def _start(layer, hidden, records):
     begin(word(layer + _STATE), word(layer + _PERFORM), job, records * word(layer + _TASKS))
 
 
-@njit("boolean(int64, int64)", nogil=True, cache=True)
-def _is_there(layer, expert):
-    known = 0 <= expert < word(layer + _EXPERTS)
-    return known and word(word(layer + _ADDRESSES) + 8 * expert) != 0
-
-
 @njit("boolean(int64, int64, int64, int64)", nogil=True, cache=True)
 def begin_some(layer, hidden, top_k, left):
     """See `TokenExperts.begin_some`; `left` int64 [k]: 0 where nothing is to be done any more."""
@@ -197,11 +198,10 @@ def begin_some(layer, hidden, top_k, left):
         found += word(left + 8 * i) != 0 and _is_there(layer, word(top_k + 8 * i))
     if found == 0:
         return False
-    pairs, number = word(layer + _TABLE) + TABLE_ROW * found, 0
+    number = 0
     for i in range(count):
         if number < found and word(left + 8 * i) != 0 and _is_there(layer, word(top_k + 8 * i)):
-            _put_row(layer, number, pairs, top_k + 8 * i)
-            put_word(pairs + 16 * number, i)
+            _put_row(layer, number, found, top_k, i)
             put_word(left + 8 * i, 0)
             number += 1
     _start(layer, hidden, found)
@@ -221,10 +221,8 @@ def begin_experts(layer, hidden, top_k):
         return False
     put_word(word(layer + _JOURNAL) + BEGAN, nanoseconds())
     count = word(layer + _COUNT)
-    pairs = word(layer + _TABLE) + TABLE_ROW * count
     for i in range(count):
-        _put_row(layer, i, pairs, top_k + 8 * i)
-        put_word(pairs + 16 * i, i)
+        _put_row(layer, i, count, top_k, i)
     _start(layer, hidden, count)
     _note(layer, top_k)
     return True

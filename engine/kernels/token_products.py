@@ -16,10 +16,16 @@ from tierrun.engine.codecs.packed import Packed
 from tierrun.engine.codecs.planes import TILE_ROWS
 from tierrun.engine.kernels.geometry import COLUMNS, ROWS, packed_geometry
 from tierrun.engine.kernels.int8_rows import quantise_row, row_bytes
-from tierrun.engine.kernels.int8_tasks import TILE_BYTES, multiply_two, tile_function
+from tierrun.engine.kernels.int8_tasks import (
+    TILE_BYTES,
+    multiply_two,
+    put_tile,
+    tile_function,
+    tiles_of_task,
+)
 from tierrun.engine.kernels.int8_tile import TOGETHER
 from tierrun.engine.kernels.jit import cfunc, njit
-from tierrun.engine.kernels.native import put_real, put_word, real, stack, word
+from tierrun.engine.kernels.native import put_word, stack, word
 from tierrun.engine.kernels.workers import begin, finish
 
 if TYPE_CHECKING:
@@ -33,8 +39,6 @@ _CODE, _SHAPE, _BASE, _BIAS, _TO, _FIRST, _TILES = 0, 8, 16, 24, 32, 40, 48
 _MATRIX_WORDS = 7
 """Bytes into a matrix's part: its tile function, geometry, bytes, bias (0: none) by address; its
 place among the results, in numbers; its first task, and tiles of a task."""
-_TASK_WEIGHTS = 1 << 17
-"""Weights of a task, if that is two tiles: some 10 µs, so that threads end together."""
 _TWO_TILES, _INPUT_BYTES = 2 * TILE_BYTES, 8 * TOGETHER
 
 
@@ -67,7 +71,7 @@ class TokenProducts:
     def _words(self) -> list[int]:
         parts: list[int] = []
         to = tasks = 0
-        tiles = 2 * max(1, _TASK_WEIGHTS // (2 * TILE_ROWS * self.columns))
+        tiles = tiles_of_task(self.columns)
         for weight, shape, bias in zip(self._weights, self._geometries, self._biases, strict=True):
             code = tile_function(packed_geometry(weight.codec, weight.shape))
             given = 0 if bias is None else bias.data_ptr()
@@ -102,18 +106,8 @@ def _task(table, task):
     for tile in range(first, min(first + tiles, (width + TILE_ROWS - 1) // TILE_ROWS), 2):
         code, base = word(part + _CODE), word(part + _BASE)
         multiply_two(code, shape, base, tile, tile + 1, inputs, sums)
-        _put(to, width, tile, bias, sums)
-        _put(to, width, tile + 1, bias, sums + TILE_BYTES)
-
-
-@njit("void(int64, int64, int64, int64, int64)", cache=True)
-def _put(to, width, tile, bias, sums):
-    """The sums of a tile, and its bias (0: none), among the results; there may be no such tile."""
-    for r in range(TILE_ROWS * tile, min(TILE_ROWS * (tile + 1), width)):
-        value = real(sums + 4 * (r - TILE_ROWS * tile))
-        if bias != 0:
-            value += real(bias + 4 * r)
-        put_real(to + 4 * r, value)
+        put_tile(to, width, tile, bias, sums)
+        put_tile(to, width, tile + 1, bias, sums + TILE_BYTES)
 
 
 @lru_cache
