@@ -22,11 +22,14 @@ class Way(NamedTuple):
     width: int
 
 
-VNNI_512, VNNI, AVX2 = Way("avx512-vnni", 16), Way("avx-vnni", 8), Way("avx2", 8)
+AMX, VNNI_512 = Way("amx-int8", 16), Way("avx512-vnni", 16)
+VNNI, AVX2 = Way("avx-vnni", 8), Way("avx2", 8)
 NEON, PLAIN = Way("neon-dot", 4), Way("plain", 8)
-WAYS = (VNNI_512, VNNI, AVX2, NEON, PLAIN)
+WAYS = (AMX, VNNI_512, VNNI, AVX2, NEON, PLAIN)
+"""The fastest first. AMX multiplies panels only, and its sums are made in `int8_amx`."""
 
 _NEEDED = {
+    AMX: ("amx-int8", "amx-tile", "avx512bw", "avx512vl"),
     VNNI_512: ("avx512vnni", "avx512bw", "avx512vl"),
     VNNI: ("avxvnni",),
     AVX2: ("avx2",),
@@ -39,10 +42,10 @@ _LARGEST = 127
 """Magnitude of an activation."""
 
 
-def possible(features: frozenset[str]) -> list[Way]:
-    """The ways of a machine with LLVM's `features`, the fastest first."""
+def possible(features: frozenset[str], *, panels: bool) -> list[Way]:
+    """The ways of a machine with LLVM's `features`, for panels or for few tokens."""
     here = WAYS if platform.machine() == "x86_64" else (NEON, PLAIN)
-    return [way for way in here if features.issuperset(_NEEDED[way])]
+    return [way for way in here if features.issuperset(_NEEDED[way]) and (panels or way != AMX)]
 
 
 class Codes(NamedTuple):
@@ -65,11 +68,12 @@ class Dots:
     def __init__(self, way: Way, lanes: Lanes, codes: Codes) -> None:
         self.way, self.lanes, self.codes = way, lanes, codes
         self.builder = lanes.builder
-        # codes beyond 127 are made signed bytes where the instructions want it
-        self.signed = codes.largest > _LARGEST and way in (AVX2, NEON)
+        # codes are made signed bytes where the instructions want it
+        self.signed = way == AMX or (codes.largest > _LARGEST and way in (AVX2, NEON))
         self._taken = 0
         if self.signed:
-            self._taken = 128 if codes.book is None else codes.offset
+            fits = codes.largest - codes.offset <= _LARGEST
+            self._taken = codes.offset if fits else _LARGEST + 1
 
     @property
     def offset(self) -> int:
@@ -86,7 +90,10 @@ class Dots:
         codes = self.codes
         if codes.book is not None:
             return self._looked_up(word, [value - self._taken for value in codes.book])
-        return self.builder.xor(word, self.lanes.integer(0x80808080)) if self.signed else word
+        if self._taken == 0:
+            return word
+        signed = self.builder.sub(self._bytes(word), self._every_byte(self._taken))
+        return self.builder.bitcast(signed, word.type)
 
     def add(self, to: "_Sum", words, x) -> None:
         """Add `words` times four activations, `x` (int32, signed bytes)."""
@@ -168,6 +175,10 @@ class Dots:
                 for even, odd in zip(left[::2], left[1::2], strict=True)
             ]
         return left[0]
+
+    def _every_byte(self, value: int):
+        count = 4 * self.lanes.count
+        return ir.Constant(ir.VectorType(BYTE, count), [value] * count)
 
     def _bytes(self, words):
         return self.builder.bitcast(words, ir.VectorType(BYTE, 4 * self.lanes.count))

@@ -7,8 +7,10 @@ cache; then some tokens at a time are multiplied, whose sums are in registers. F
 operations and their order are those of `int8_tile`, and so are the bits.
 """
 
+from collections.abc import Callable
+from contextlib import contextmanager
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -16,6 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tierrun.engine.codecs.planes import TILE_ROWS
+from tierrun.engine.kernels import int8_amx
 from tierrun.engine.kernels.geometry import (
     COLUMNS,
     ELEMENT,
@@ -34,7 +37,17 @@ from tierrun.engine.kernels.geometry import (
 )
 from tierrun.engine.kernels.host_codes import applied
 from tierrun.engine.kernels.host_product import Product
-from tierrun.engine.kernels.int8_dots import AVX2, NEON, PLAIN, VNNI, VNNI_512, WAYS, Dots, Way
+from tierrun.engine.kernels.int8_dots import (
+    AMX,
+    AVX2,
+    NEON,
+    PLAIN,
+    VNNI,
+    VNNI_512,
+    WAYS,
+    Dots,
+    Way,
+)
 from tierrun.engine.kernels.int8_rows import BLOCK_BYTES, CHUNK, CHUNK_BYTES, PANEL
 from tierrun.engine.kernels.int8_tile import (
     Block,
@@ -56,13 +69,17 @@ _LINE = 4 * TILE_ROWS
 
 
 class _Share(NamedTuple):
-    """What registers hold the sums of."""
+    """What registers hold the sums of: those of blocks and those below, by turns or `both`. For so
+    many `blocks` of tokens, and the same rows, integers are summed up before (by AMX)."""
 
     tokens: int
     strips: int
+    blocks: int = 1
+    both: bool = False
 
 
 _SHARES = {
+    AMX: _Share(8, 1, blocks=int8_amx.TOKENS // 8, both=True),
     VNNI_512: _Share(6, 2),
     VNNI: _Share(3, 2),
     AVX2: _Share(4, 1),
@@ -96,35 +113,77 @@ def emit(product: Product, matrix, way: Way, count) -> None:
     builder = product.builder
     shape, tile = Shape(builder, matrix), _Unpacked(builder, product.M)
     rows = builder.sub(shape[ROWS], builder.mul(product.tile, I64(TILE_ROWS)))
-    sums = _Sums(product)
-    share = _SHARES[way]
+    sums, share, dots = _Sums(product), _SHARES[way], None
+    if way == AMX:
+        dots = int8_amx.Sums(builder, product.M[GROUP], tile.spans * tile.groups)
+        dots.begin()
     blocks = _up(builder, count, share.tokens)
     sums.clear(builder.mul(blocks, I64(share.tokens)))
     spans = _up(builder, shape[COLUMNS], SPAN)
     most = chunk_spans(product.M)
     with cgutils.for_range(builder, _up(builder, spans, most)) as loop:
         first = builder.mul(loop.index, I64(most))
-        left = builder.sub(spans, first)
-        some = builder.select(builder.icmp_signed("<", left, I64(most)), left, I64(most))
+        some = _least(builder, builder.sub(spans, first), I64(most))
         _unpack(product, shape, way, rows, tile, first, some)
         inputs = _chunk(product, first)
         ends = _ends_group(builder, product.M, first, some, spans)
-        with cgutils.for_range(builder, blocks) as block:
-            token = builder.mul(block.index, I64(share.tokens))
+        with _parts(builder, blocks, share.blocks) as (block, some_blocks):
             with cgutils.for_range(builder, I64(TILE_ROWS // (way.width * share.strips))) as part:
                 row = builder.mul(part.index, I64(way.width * share.strips))
                 some_rows = [builder.add(row, I64(way.width * i)) for i in range(share.strips)]
-                made = _Product(tile, sums, way, some_rows, token, share.tokens)
-                made.add(offset_by(builder, inputs, builder.mul(token, I64(CHUNK_BYTES))), some)
-                with builder.if_then(ends):
-                    made.fold()
+                if dots is not None:
+                    _multiply(dots, tile, row, _token(builder, inputs, block, share), some)
+                with cgutils.for_range(builder, some_blocks) as within:
+                    of_block = builder.add(block, within.index)
+                    token = builder.mul(of_block, I64(share.tokens))
+                    made = _Product(tile, sums, way, some_rows, token, within.index, dots)
+                    made.add(_token(builder, inputs, of_block, share), some)
+                    if not ends_groups(product.M):
+                        with builder.if_then(ends):
+                            made.fold()
     with cgutils.for_range(builder, count) as loop:
         sums.finish(tile, loop.index)
+    if dots is not None:
+        dots.end()
+
+
+def _least(builder, a, b):
+    return builder.select(builder.icmp_signed("<", a, b), a, b)
+
+
+@contextmanager
+def _parts(builder, number, size: int):
+    """A loop over `number` things, `size` at a time: the first one's number and how many."""
+    with cgutils.for_range(builder, _up(builder, number, size)) as loop:
+        first = builder.mul(loop.index, I64(size))
+        yield first, _least(builder, builder.sub(number, first), I64(size))
+
+
+def _token(builder, inputs, block, share: _Share):
+    """Where the activations of the first token of a block are."""
+    return offset_by(builder, inputs, builder.mul(block, I64(share.tokens * CHUNK_BYTES)))
+
+
+def _multiply(dots: int8_amx.Sums, tile: "_Unpacked", row, inputs, spans) -> None:
+    """All groups of a chunk for rows from `row` on and the tokens at `inputs`."""
+    builder, each = dots.builder, dots.inputs
+    of_rows = offset_by(builder, tile.words, builder.mul(row, I64(4)))
+    with cgutils.for_range(builder, spans) as loop:
+        block = offset_by(builder, inputs, builder.mul(loop.index, I64(BLOCK_BYTES)))
+        for group in range(tile.groups):
+            number = builder.add(builder.mul(loop.index, I64(tile.groups)), I64(group))
+            words = offset_by(builder, of_rows, builder.mul(number, I64(each // 4 * _LINE)))
+            dots.multiply(number, words, offset_by(builder, block, I64(group * each)))
 
 
 def chunk_spans(M: Geometry) -> int:
     """Spans that are unpacked at once: no group of second levels ends within them."""
     return gcd(outer(M) // SPAN, CHUNK)
+
+
+def ends_groups(M: Geometry) -> bool:
+    """Whether a group of the second levels ends with every chunk."""
+    return outer(M) == chunk_spans(M) * SPAN
 
 
 def _up(builder, number, divisor: int):
@@ -252,14 +311,19 @@ class _Sums:
         builder, self.M = product.builder, product.M
         self.builder = builder
         self.out = at(builder, product.out, BYTE)
-        self.blocks = _room(builder, PANEL) if outer(self.M) else self.out
-        self.below = _room(builder, PANEL) if self.M[MINIMUM + ELEMENT] != NO_LEVEL else None
+        self.in_registers = ends_groups(self.M)
+        has_below = self.M[MINIMUM + ELEMENT] != NO_LEVEL
+        self.blocks = self._apart() if outer(self.M) else self.out
+        self.below = self._apart() if has_below else None
+
+    def _apart(self):
+        return self.out if self.in_registers else _room(self.builder, PANEL)
 
     @property
     def places(self):
-        """All of them."""
-        apart = [self.blocks] if outer(self.M) else []
-        return [self.out, *apart, *([] if self.below is None else [self.below])]
+        """All that are in memory."""
+        places = [self.out, self.blocks, *([] if self.below is None else [self.below])]
+        return list(dict.fromkeys(places))
 
     def clear(self, tokens) -> None:
         """Those of the first `tokens`."""
@@ -286,37 +350,92 @@ class _Sums:
         builder.store(value, place, align=4)
 
 
+class _Part(NamedTuple):
+    """Sums of one kind: where they are in memory, the levels of their groups, what adds to them."""
+
+    place: Any
+    levels: tuple[int, int]
+    add: Callable[..., None]
+
+
 class _Product:
     """A chunk of some rows times some tokens from `token` on, added to their sums."""
 
-    def __init__(self, tile: _Unpacked, sums: _Sums, way: Way, rows, token, tokens: int) -> None:
+    def __init__(
+        self,
+        tile: _Unpacked,
+        sums: _Sums,
+        way: Way,
+        rows,
+        token,
+        block,
+        made: int8_amx.Sums | None,
+    ) -> None:
+        """`made` has the sums of groups already; of those that it has, this is `block`."""
         self.builder, self.M, self.tile, self.sums = tile.builder, tile.M, tile, sums
         self.lanes, self.rows = Lanes(self.builder, way.width), rows
-        self.dots = Dots(way, self.lanes, codes_of(self.M))
-        self.tokens = [self.builder.add(token, I64(i)) for i in range(tokens)]
+        self.block, self.made = block, made
+        self.dots, self.share = Dots(way, self.lanes, codes_of(self.M)), _SHARES[way]
+        self.tokens = [self.builder.add(token, I64(i)) for i in range(self.share.tokens)]
 
     def add(self, inputs, spans) -> None:
         """All of `spans`; the first token's activations are at `inputs`."""
-        self._pass(self.sums.blocks, inputs, spans, self._add_span)
-        if self.sums.below is not None:
-            self._pass(self.sums.below, inputs, spans, self._add_below)
+        parts = self._parts()
+        for some in [parts] if self.share.both else [[part] for part in parts]:
+            self._pass(some, inputs, spans)
 
-    def _pass(self, place, inputs, spans, add) -> None:
-        """`add` to the sums at `place`, which are in registers meanwhile."""
-        builder, kind = self.builder, self.lanes.kind(F32)
-        held = [[cgutils.alloca_once(builder, kind) for _ in self.rows] for _ in self.tokens]
-        there = [
-            [_lane(builder, place, token, row, kind) for row in self.rows] for token in self.tokens
-        ]
-        pairs = [pair for a, b in zip(held, there, strict=True) for pair in zip(a, b, strict=True)]
-        for register, memory in pairs:
-            builder.store(builder.load(memory, align=4), register)
+    def _parts(self) -> list[_Part]:
+        found = [_Part(self.sums.blocks, (SCALE, SCALE_2), self._add_span)]
+        if self.sums.below is not None:
+            found.append(_Part(self.sums.below, (MINIMUM, MINIMUM_2), self._add_below))
+        return found
+
+    def _pass(self, parts: list[_Part], inputs, spans) -> None:
+        """Add to the sums of `parts`, which are in registers meanwhile."""
+        builder = self.builder
+        held = [self._registers(part) for part in parts]
         with cgutils.for_range(builder, spans) as loop:
             start = offset_by(builder, inputs, builder.mul(loop.index, I64(BLOCK_BYTES)))
-            places = [offset_by(builder, start, I64(i * CHUNK_BYTES)) for i in range(len(held))]
-            add(held, loop.index, [Block(builder, x) for x in places])
-        for register, memory in pairs:
-            builder.store(builder.load(register), memory, align=4)
+            places = [
+                offset_by(builder, start, I64(i * CHUNK_BYTES)) for i in range(len(self.tokens))
+            ]
+            blocks = [Block(builder, x) for x in places]
+            for part, registers in zip(parts, held, strict=True):
+                part.add(registers, loop.index, blocks)
+        for part, registers in zip(parts, held, strict=True):
+            values = [[builder.load(register) for register in line] for line in registers]
+            if self.sums.in_registers:
+                self._fold(part, values)
+            else:
+                self._put(part.place, values)
+
+    def _registers(self, part: _Part):
+        """The sums of `part`, of each token and strip of rows."""
+        builder, kind = self.builder, self.lanes.kind(F32)
+        found = [[cgutils.alloca_once(builder, kind) for _ in self.rows] for _ in self.tokens]
+        values = None if self.sums.in_registers else self._sums(part.place)
+        for i, line in enumerate(found):
+            for j, register in enumerate(line):
+                builder.store(self.lanes.number(0.0) if values is None else values[i][j], register)
+        return found
+
+    def _sums(self, place):
+        """The sums in memory at `place`."""
+        kind = self.lanes.kind(F32)
+        return [
+            [
+                self.builder.load(_lane(self.builder, place, token, row, kind), align=4)
+                for row in self.rows
+            ]
+            for token in self.tokens
+        ]
+
+    def _put(self, place, values) -> None:
+        for token, line in zip(self.tokens, values, strict=True):
+            for row, value in zip(self.rows, line, strict=True):
+                self.builder.store(
+                    value, _lane(self.builder, place, token, row, value.type), align=4
+                )
 
     def _add_span(self, held, span, blocks: list[Block]) -> None:
         for number, start in enumerate(range(0, SPAN, self.M[GROUP])):
@@ -332,6 +451,8 @@ class _Product:
     def _dots(self, span, start: int, blocks: list[Block]):
         """Sums of a group, int32, for each token and each strip of rows."""
         builder, dots, inputs = self.builder, self.dots, self.M[GROUP]
+        if self.made is not None:
+            return self._dots_made(self.made, span, start, blocks)
         sums = []
         for block in blocks:
             correction = block.correction(dots, start, inputs)
@@ -344,6 +465,18 @@ class _Product:
                 for at_row, word in enumerate(words):
                     dots.add(sums[token][at_row], word, x)
         return [[dots.finished(one) for one in of_token] for of_token in sums]
+
+    def _dots_made(self, made: int8_amx.Sums, span, start: int, blocks: list[Block]):
+        """The same, from `made`."""
+        builder, inputs, kind = self.builder, self.M[GROUP], self.lanes.kind(I32)
+        number = builder.add(builder.mul(span, I64(self.tile.groups)), I64(start // inputs))
+        first, found = builder.mul(self.block, I64(self.share.tokens)), []
+        for token, block in enumerate(blocks):
+            sums = made.of(number, builder.add(first, I64(token)), kind)
+            if (correction := block.correction(self.dots, start, inputs)) is not None:
+                sums = builder.add(sums, self.lanes.spread(correction))
+            found.append([sums])
+        return found
 
     def _add_below(self, held, span, blocks: list[Block]) -> None:
         for number, start in enumerate(range(0, SPAN, self.M[GROUP])):
@@ -366,23 +499,19 @@ class _Product:
 
     def fold(self) -> None:
         """A group of the second levels ends: what is apart goes into the sums of the result."""
-        for which in self.tile.coarse:
-            if self.M[which + PER] < ROW:
-                negated = which in (MINIMUM, MINIMUM_2)
-                self._fold(which, self.sums.below if negated else self.sums.blocks, negated)
-        for place in self.sums.places[1:]:
-            for token in self.tokens:
-                for row in self.rows:
-                    zeros = self.lanes.number(0.0)
-                    pointer = _lane(self.builder, place, token, row, zeros.type)
-                    self.builder.store(zeros, pointer, align=4)
+        for part in self._parts():
+            self._fold(part, self._sums(part.place))
+            zeros = self.lanes.number(0.0)
+            self._put(part.place, [[zeros for _ in self.rows] for _ in self.tokens])
 
-    def _fold(self, which: int, place, negated: bool) -> None:
-        builder, kind = self.builder, self.lanes.kind(F32)
-        for row in self.rows:
-            factor = self._line(self.tile.coarse[which], I64(0), row, F32)
-            factor = builder.fneg(factor) if negated else factor
-            for token in self.tokens:
-                apart = builder.load(_lane(builder, place, token, row, kind), align=4)
-                to = _lane(builder, self.sums.out, token, row, kind)
-                accumulate(self.lanes, to, factor, apart)
+    def _fold(self, part: _Part, values) -> None:
+        builder = self.builder
+        for which in part.levels:
+            if which not in self.tile.coarse or self.M[which + PER] == ROW:
+                continue
+            for at_row, row in enumerate(self.rows):
+                factor = self._line(self.tile.coarse[which], I64(0), row, F32)
+                factor = builder.fneg(factor) if which in (MINIMUM, MINIMUM_2) else factor
+                for token, line in zip(self.tokens, values, strict=True):
+                    to = _lane(builder, self.sums.out, token, row, factor.type)
+                    accumulate(self.lanes, to, factor, line[at_row])

@@ -16,6 +16,7 @@ from llvmlite import binding
 from numpy.typing import NDArray
 
 from tierrun.engine.codecs.planes import TILE_ROWS
+from tierrun.engine.kernels import int8_amx
 from tierrun.engine.kernels.geometry import COLUMNS, ROWS, Geometry
 from tierrun.engine.kernels.host_job import (
     ADDRESS,
@@ -71,10 +72,12 @@ PLAN_WORDS = 16
 
 
 @lru_cache
-def best_way() -> Way:
-    """The fastest way of this machine."""
-    found = binding.get_host_cpu_features()
-    return possible(frozenset(name for name, has in found.items() if has))[0]
+def host_features() -> frozenset[str]:
+    """LLVM's names of what this machine has, and lets us use."""
+    found = {name for name, has in binding.get_host_cpu_features().items() if has}
+    if "amx-int8" in found and not int8_amx.granted():
+        found.remove("amx-int8")
+    return frozenset(found)
 
 
 def tile_function(M: Geometry, way: Way | None = None) -> int:
@@ -86,7 +89,7 @@ def tile_function(M: Geometry, way: Way | None = None) -> int:
     Raises:
         ValueError: there is an `obstacle`.
     """
-    return _address(M, way, _tile)
+    return _address(M, way or possible(host_features(), panels=False)[0], _tile)
 
 
 def tiles_of_task(columns: int) -> int:
@@ -97,13 +100,13 @@ def tiles_of_task(columns: int) -> int:
 
 def panel_function(M: Geometry, way: Way | None = None) -> int:
     """The same of what computes tiles for many tokens; see `int8_panel.panel_dots`."""
-    return _address(M, way, _panel)
+    return _address(M, way or possible(host_features(), panels=True)[0], _panel)
 
 
-def _address(M: Geometry, way: Way | None, make: Callable[..., Any]) -> int:
+def _address(M: Geometry, way: Way, make: Callable[..., Any]) -> int:
     if (reason := obstacle(M)) is not None:
         raise ValueError(f"no int8 kernel for {reason}")
-    address: int = _compiled(make, without_shape(M), WAYS.index(way or best_way())).address
+    address: int = _compiled(make, without_shape(M), WAYS.index(way)).address
     return address
 
 

@@ -20,7 +20,7 @@ from tierrun.engine.kernels import int8_many, int8_panel, int8_tasks, int8_tile
 from tierrun.engine.kernels.geometry import packed_geometry
 from tierrun.engine.kernels.host_product import Product
 from tierrun.engine.kernels.int8 import FEW_TOKENS, obstacle
-from tierrun.engine.kernels.int8_dots import AVX2, NEON, PLAIN, VNNI, VNNI_512, Way, possible
+from tierrun.engine.kernels.int8_dots import AMX, AVX2, NEON, PLAIN, VNNI, VNNI_512, Way, possible
 from tierrun.engine.kernels.int8_gates import gated_block
 from tierrun.engine.kernels.int8_linear import Int8Linear
 from tierrun.engine.kernels.int8_rows import (
@@ -40,8 +40,10 @@ CODECS = [
     for name in (*NAMES, "int4z_g128_f16", "int8z_g32_f16", "int4_row_f32", "int8_g64_f16")
     if obstacle(packed_geometry(find_codec(name), (32, 256))) is None
 ]
-FEATURES = frozenset(name for name, has in binding.get_host_cpu_features().items() if has)
-FAST = [way for way in possible(FEATURES) if way != PLAIN]
+FAST, FAST_PANELS = (
+    [way for way in possible(int8_tasks.host_features(), panels=panels) if way != PLAIN]
+    for panels in (False, True)
+)
 
 Rows = NDArray[np.float32]
 
@@ -159,7 +161,7 @@ def test_panels_give_the_bits_of_few_tokens(
     if largest:
         x = np.sign(x)
     wanted = multiply(packed, x, PLAIN)
-    for way in (*FAST, PLAIN):
+    for way in (*FAST_PANELS, PLAIN):
         assert np.array_equal(multiply_many(packed, x, way, 1 + seed % 2), wanted), way
 
 
@@ -204,9 +206,10 @@ def test_what_is_not_finite_makes_products_nan(value: float) -> None:
     x = random_rows(2, 64, 1)
     x[0, 40] = value
     packed = random_matrix("q4_k", 64, 64, 1, largest=False)
-    for way in (*FAST, PLAIN):
-        for found in (multiply(packed, x, way), multiply_many(packed, x, way)):
-            assert np.isnan(found[0]).all() and np.isfinite(found[1]).all()
+    found = [multiply(packed, x, way) for way in (*FAST, PLAIN)]
+    found += [multiply_many(packed, x, way) for way in (*FAST_PANELS, PLAIN)]
+    for spoilt, sound in found:
+        assert np.isnan(spoilt).all() and np.isfinite(sound).all()
 
 
 @pytest.mark.parametrize("name", ["q4_k", "q8_0", "mxfp4"])
@@ -269,8 +272,10 @@ def test_gates_are_those_of_torch(kind: str, turns: bool) -> None:
     assert ((np.abs(out - wanted) <= slack) | np.isnan(wanted)).all()
 
 
+AVX_512 = "+avx512f,+avx512bw,+avx512vl,+avx512vnni"
 INSTRUCTIONS = {
-    VNNI_512: ("x86_64", "+avx512f,+avx512bw,+avx512vl,+avx512vnni", ("vpdpbusd", "zmm")),
+    AMX: ("x86_64", f"{AVX_512},+amx-tile,+amx-int8", ("tdpbssd", "tilestored", "zmm")),
+    VNNI_512: ("x86_64", AVX_512, ("vpdpbusd", "zmm")),
     VNNI: ("x86_64", "+avx2,+fma,+f16c,+avxvnni", ("vpdpbusd", "ymm")),
     AVX2: ("x86_64", "+avx2,+fma,+f16c", ("vpmaddubsw", "vpmaddwd", "ymm")),
     NEON: ("aarch64", "+neon,+fullfp16,+dotprod", ("sdot",)),
@@ -283,6 +288,8 @@ INSTRUCTIONS = {
 @pytest.mark.parametrize("name", ["q4_k", "q8_0", "q6_k", "mxfp4", "iq4_nl"])
 def test_each_way_becomes_its_instructions(way: Way, name: str, emitter: ModuleType) -> None:
     """Compiled for machines that this one is not, too."""
+    if way == AMX and emitter is int8_tile:
+        pytest.skip("AMX is for panels")
     machine, features, wanted = INSTRUCTIONS[way]
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
