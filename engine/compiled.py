@@ -74,18 +74,18 @@ class CompiledExperts:
         kernels.finish()
         return rows
 
-    @staticmethod
-    def weighted_sum(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Of a token's experts [k, H] by their `weights` [k], in their order: [1, H].
+    def weighted_sums(
+        self, layer: int, outputs: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Of each token's experts [T, k, H] by their `weights` [T, k], in their order: [T, H].
 
         To the same bits as where no lease was needed (`TokenExperts`).
         """
-        from tierrun.engine.kernels.reals import weighted_sum
+        from tierrun.engine.kernels.prompt_rows import weighted_sums
 
-        y, weights = outputs.new_empty(1, outputs.shape[1]), weights.float().contiguous()
-        given = outputs.data_ptr(), weights.data_ptr()
-        weighted_sum(*given, *outputs.shape, y.data_ptr())
-        return y
+        kernels = self._layers[layer]
+        assert kernels is not None, "never asked whether it takes this"
+        return weighted_sums(kernels.workers, outputs, weights.float().contiguous())
 
 
 def _layout(module: nn.Module, manifest: Manifest, layer: int) -> ExpertLayout | None:

@@ -7,6 +7,7 @@ once. Outputs are summed in the order of the top-k slots, whatever order they we
 result does not depend on where an expert was.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ class ExpertsHook:
         self._ledger, self._lookahead, self._window = ledger, lookahead, prefill_window
         self._layer_of = {module: i for i, module in enumerate(experts_modules(model).values())}
         self._views: dict[tuple[str, int, int], Matrices] = {}
-        self._last_end = time.perf_counter()
+        self._last_end, self._outputs = time.perf_counter(), torch.empty(0)
         self.usage = [torch.zeros(len(x.records), dtype=torch.int64) for x in manifest.layers]
         self.present = self._present_experts()
         self.interrupted = False
@@ -152,12 +153,25 @@ class ExpertsHook:
             )
             if found is not None:
                 return found
-        work = _LayerWork(module, hidden, top_k, weights)
+        work = _LayerWork(module, hidden, top_k, weights, self._room(top_k, hidden))
         if len(work.experts) <= self._manifest.layers[layer].top_k:
             hits, computed = self._decode(layer, work)
         else:
             hits, computed = self._prefill(layer, work)
-        return work.result(self._kernels_of(layer)), hits, computed
+        return self._sum(layer, work), hits, computed
+
+    def _room(self, top_k: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """[tokens, k, H], kept until the forward pass is over: new memory is slow to touch."""
+        shape = *top_k.shape, hidden.shape[1]
+        if self._outputs.numel() < math.prod(shape) or self._outputs.dtype != hidden.dtype:
+            self._outputs = hidden.new_empty(math.prod(shape))
+        return self._outputs[: math.prod(shape)].view(shape)
+
+    def _sum(self, layer: int, work: "_LayerWork") -> torch.Tensor:
+        compiled = self._kernels_of(layer)
+        if compiled is not None:
+            return compiled.weighted_sums(layer, work.outputs, work.weights)
+        return work.weighted_sums()
 
     def _lease(self, layer: int, experts: list[int]) -> Lease:
         """Of `experts`; what the next layer will want is asked for, too."""
@@ -174,6 +188,7 @@ class ExpertsHook:
         if self.present is not None:
             self._last_end = self.present.keep_books(self._last_end)
         step, resident = self._residency.placement.step, time.perf_counter() - self._last_end
+        self._outputs = torch.empty(0)
         head = len(self._manifest.layers)
         self._ledger.timings.append(LayerTiming(step, head, tokens, resident, 0.0, 0.0, 0.0, 0))
 
@@ -240,11 +255,16 @@ class _LayerWork:
     """One call of an experts module: which tokens want which experts, and their outputs so far."""
 
     def __init__(
-        self, module: nn.Module, hidden: torch.Tensor, top_k: torch.Tensor, weights: torch.Tensor
+        self,
+        module: nn.Module,
+        hidden: torch.Tensor,
+        top_k: torch.Tensor,
+        weights: torch.Tensor,
+        outputs: torch.Tensor,
     ) -> None:
-        self._module, self._hidden, self._weights = module, hidden, weights
-        self._top_k = top_k
-        self._outputs = hidden.new_zeros(*top_k.shape, hidden.shape[-1])
+        """`outputs` [tokens, k, H] is filled expert by expert; all of `top_k` must be added."""
+        self._module, self._hidden, self._top_k = module, hidden, top_k
+        self.weights, self.outputs = weights, outputs
         experts, uses = torch.unique(top_k, return_counts=True)
         self.experts: list[int] = experts[uses.argsort(descending=True, stable=True)].tolist()
 
@@ -257,21 +277,19 @@ class _LayerWork:
         """Compute `expert` for every token that chose it."""
         tokens, positions = (self._top_k == expert).nonzero(as_tuple=True)
         y = _expert(self._module, self._hidden[tokens], matrices, kernels)
-        self._outputs[tokens, positions] = y
+        self.outputs[tokens, positions] = y
 
     def add_all(self, compiled: CompiledExperts, layer: int, records: dict[int, int]) -> None:
         """Compute the experts of `records` (by their addresses) for all tokens, in one call."""
-        outputs = self._outputs.flatten(0, 1)
+        outputs = self.outputs.flatten(0, 1)
         rows = compiled.compute(layer, records, self._hidden, self._top_k, outputs)
         theirs: Any = self._module
         if theirs.has_post_expert_norm:
             outputs[rows] = theirs.post_expert_norm(outputs[rows])
 
-    def result(self, compiled: CompiledExperts | None) -> torch.Tensor:
-        """The weighted sum over the top-k slots, [tokens, H]; a token's as `compiled` takes it."""
-        if compiled is not None and len(self._hidden) == 1:
-            return compiled.weighted_sum(self._outputs[0], self._weights[0])
-        weighted = self._outputs.mul_(self._weights[:, :, None])
+    def weighted_sums(self) -> torch.Tensor:
+        """The weighted sum over the top-k slots, [tokens, H]."""
+        weighted = self.outputs.mul_(self.weights[:, :, None])
         return weighted.sum(dim=1).to(self._hidden.dtype)
 
 

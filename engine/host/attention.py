@@ -14,7 +14,7 @@ from torch import nn
 from tierrun.engine.host.cache import GrowingLayer
 from tierrun.engine.host.classes import become
 from tierrun.engine.host.linears import QuickLinear
-from tierrun.engine.host.norms import TokenNorm
+from tierrun.engine.host.norms import QuickNorm
 from tierrun.engine.kernels.token_attention import Heads, TokenAttention
 from tierrun.engine.kernels.token_products import TokenProducts
 from tierrun.engine.kernels.workers import Workers
@@ -78,7 +78,7 @@ def _candidates(module: Any, workers: Workers) -> Iterator[TokenAttention]:
     size, scale = getattr(module, "head_dim", None), getattr(module, "scaling", None)
     if not all(isinstance(linear, QuickLinear) for linear in linears):
         return
-    if not all(isinstance(children[name], TokenNorm) for name in norms):
+    if not all(isinstance(children[name], QuickNorm) for name in norms):
         return
     rows = [linear.quick.rows for linear in linears]
     if rows[0] != linears[-1].quick.columns:  # some of the queries are something else: a gate

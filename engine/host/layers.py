@@ -15,7 +15,7 @@ from tierrun.engine.experts import standing_in
 from tierrun.engine.host.attention import QuickAttention
 from tierrun.engine.host.cache import GrowingLayer
 from tierrun.engine.host.classes import become
-from tierrun.engine.host.norms import TokenNorm
+from tierrun.engine.host.norms import QuickNorm
 from tierrun.engine.host.routers import QuickRouter
 from tierrun.engine.host.run import LayerRun, RunLayer
 from tierrun.engine.kernels.token_layer import TokenLayer
@@ -68,7 +68,7 @@ def _runs(found: list[tuple[nn.Module, RunLayer]]) -> Iterator[list[tuple[nn.Mod
 
 def _candidate(layer: nn.Module, block: nn.Module, routed: nn.Module) -> TokenLayer | None:
     """What `layer` would be if it were the usual one."""
-    norms = [child for child in layer.children() if isinstance(child, TokenNorm)]
+    norms = [child for child in layer.children() if isinstance(child, QuickNorm)]
     attention, router = _part(layer, QuickAttention), _part(block, QuickRouter)
     usual = len(list(layer.children())) == 4 and len(norms) == 2
     if not usual or attention is None or router is None:

@@ -1,7 +1,7 @@
 """All that lets a model compute a token in few compiled calls on the CPU; not with `--exact`.
 
 Modules that are recognised are computed by kernels, each in one call, and one at a time; the others
-go on as transformers has them. Prompts are none of it.
+go on as transformers has them. Of prompts only norms are computed so.
 """
 
 import logging
@@ -26,7 +26,7 @@ def quicken(model: Any, kernels: Int8Linear, threads: int) -> bool:
     taken, left = quicken_linears(model, kernels, shared)
     if not taken:  # nothing is packed: all stays as transformers computes it
         return False
-    norms, routers = quicken_norms(model), quicken_routers(model, shared)
+    norms, routers = quicken_norms(model, shared), quicken_routers(model, shared)
     heads = quicken_attention(model, shared)
     layers = quicken_layers(model)
     log.info(

@@ -40,11 +40,12 @@ from tierrun.engine.kernels.int8_tasks import (
     PANEL_CODE,
     activate,
     put_rows,
+    put_tile,
     tiles,
     tiles_of,
 )
 from tierrun.engine.kernels.jit import cfunc, njit
-from tierrun.engine.kernels.native import call_six, put_real, real, stack, word
+from tierrun.engine.kernels.native import call_six, stack, word
 
 SLICE = 8
 """Tokens that a task quantises."""
@@ -139,9 +140,9 @@ def _linear(job, task):
             count, panel = min(PANEL, tokens - start), word(job + L_ROWS) + start // PANEL * size
             call_six(word(job + L_CODE), matrix, word(job + L_BASE), tile, count, panel, sums)
             for i in range(count):
-                to = word(job + L_OUT) + 4 * (width * (start + i) + TILE_ROWS * tile)
-                for r in range(min(TILE_ROWS, width - TILE_ROWS * tile)):
-                    put_real(to + 4 * r, real(sums + _LINE * i + 4 * r))
+                put_tile(
+                    word(job + L_OUT) + 4 * width * (start + i), width, tile, 0, sums + _LINE * i
+                )
 
 
 @lru_cache

@@ -85,8 +85,9 @@ def _around_few() -> None:
 
 
 def _around_panels() -> None:
-    from tierrun.engine.kernels import int8_many
+    from tierrun.engine.kernels import int8_many, prompt_rows
 
+    prompt_rows.compile_all()
     int8_many.linear()
     int8_many.tasks(0, 0)
     int8_many.prepare()

@@ -8,6 +8,8 @@ A block is 48 bytes: 32 codes (−127 … 127), the scale (fp32), the sums of co
 activation is not finite the scale is NaN, and so is every product.
 """
 
+from math import inf, nan
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -15,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tierrun.engine.kernels.jit import njit
-from tierrun.engine.kernels.lanes import BYTE, F32, I32, I64, Lanes, offset_by, total
+from tierrun.engine.kernels.lanes import BYTE, F32, I32, I64, Lanes, offset_by
 from tierrun.engine.kernels.native import at, put_real, real, stack
 
 BLOCK = 32
@@ -40,23 +42,31 @@ def quantise_block(typingctx, source, target):
     return types.void(types.int64, types.int64), codegen
 
 
+@intrinsic
+def copy_block(typingctx, source, target):
+    """32 fp32 numbers at `source` to `target`."""
+
+    def codegen(context, builder, signature, arguments):
+        source, target = (at(builder, address, BYTE) for address in arguments)
+        store(builder, Lanes(builder, BLOCK).load(source, I64(0), F32, 4), target, 0)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
 def _quantise(builder, source, target) -> None:
     lanes = Lanes(builder, BLOCK)
     x = lanes.load(source, I64(0), F32, 4)
-    sizes = vector_call(lanes, "llvm.fabs", x)
-    largest = _called(builder, f"llvm.vector.reduce.fmax.v{BLOCK}f32", F32, [sizes])
-    # 0 where all are finite, else NaN
-    spoilt = total(builder, builder.fmul(x, lanes.number(0.0)))
+    largest = _largest_magnitude(lanes, x)
     scale = builder.fdiv(largest, F32(_LEVELS))
     inverse = builder.fdiv(F32(_LEVELS), largest)
     some = builder.fcmp_ordered(">", scale, F32(0.0))
     inverse = builder.select(some, inverse, F32(0.0))
     rounded = vector_call(lanes, "llvm.rint", builder.fmul(x, lanes.spread(inverse)))
-    kind = f"v{BLOCK}i32.v{BLOCK}f32"
-    codes = _called(builder, f"llvm.fptosi.sat.{kind}", lanes.kind(I32), [rounded])
-    codes = _clamped(lanes, codes)
+    codes = builder.fptosi(_clamped(lanes, rounded), lanes.kind(I32))
     store(builder, builder.trunc(codes, lanes.kind(BYTE)), target, 0)
-    scale = builder.fadd(scale, spoilt)
+    finite = builder.fcmp_ordered("<", largest, F32(inf))
+    scale = builder.select(finite, scale, F32(nan))
     store(builder, scale, target, SCALE)
     sums = []
     for half in range(2):
@@ -69,13 +79,21 @@ def _quantise(builder, source, target) -> None:
     store(builder, builder.fmul(scale, both), target, SCALED_SUM)
 
 
-def _clamped(lanes: Lanes, codes):
-    """A scale that is subnormal has few bits: a quotient may be beyond."""
-    kind = lanes.kind(I32)
-    for name, bound in (("smin", int(_LEVELS)), ("smax", -int(_LEVELS))):
-        given = [codes, lanes.integer(bound)]
-        codes = _called(lanes.builder, f"llvm.{name}.v{BLOCK}i32", kind, given)
-    return codes
+def _largest_magnitude(lanes: Lanes, x):
+    """As integers, which have the order of magnitudes: the reduction of fp32 minds NaN, lane by
+    lane."""
+    builder = lanes.builder
+    bits = lanes.masked(builder.bitcast(x, lanes.kind(I32)), 0x7FFFFFFF)
+    found = _called(builder, f"llvm.vector.reduce.umax.v{BLOCK}i32", I32, [bits])
+    return builder.bitcast(found, F32)
+
+
+def _clamped(lanes: Lanes, x):
+    """A scale that is subnormal has few bits: a quotient may be beyond. NaN becomes a level."""
+    for order, bound in (("<", _LEVELS), (">", -_LEVELS)):
+        limit = lanes.number(bound)
+        x = lanes.builder.select(lanes.builder.fcmp_ordered(order, x, limit), x, limit)
+    return x
 
 
 def vector_call(lanes: Lanes, name: str, x):

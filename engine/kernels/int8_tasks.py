@@ -42,6 +42,7 @@ from tierrun.engine.kernels.int8_panel import panel_dots
 from tierrun.engine.kernels.int8_rows import (
     BLOCK_BYTES,
     ZERO,
+    copy_block,
     quantise_block,
     quantise_row,
     row_bytes,
@@ -255,14 +256,25 @@ def activate(plan, base, tile, sums, apart, target):
 
 
 @njit("void(int64, int64, int64, int64, int64)", cache=True)
+def put_tile(to, width, tile, bias, sums):
+    """The sums of a tile, and its bias (0: none), in a row of results; if there is such a tile."""
+    if bias == 0 and TILE_ROWS * (tile + 1) <= width:
+        copy_block(sums, to + 4 * TILE_ROWS * tile)
+        return
+    for r in range(TILE_ROWS * tile, min(TILE_ROWS * (tile + 1), width)):
+        value = real(sums + 4 * (r - TILE_ROWS * tile))
+        if bias != 0:
+            value += real(bias + 4 * r)
+        put_real(to + 4 * r, value)
+
+
+@njit("void(int64, int64, int64, int64, int64)", cache=True)
 def put_rows(job, base, tile, place, sums):
     """32 rows of down, and their bias, into the result of the assignment sorted at `place`."""
     operand = word(job + PLAN) + DOWN
     width = word(word(operand + MATRIX) + 8 * ROWS)
-    rows, to = min(TILE_ROWS, width - TILE_ROWS * tile), 4 * width * word(pair(job, place))
-    _add_bias(operand, base, TILE_ROWS * tile, rows, sums)
-    for r in range(rows):
-        put_real(word(job + OUT) + to + 4 * (TILE_ROWS * tile + r), real(sums + 4 * r))
+    _add_bias(operand, base, TILE_ROWS * tile, min(TILE_ROWS, width - TILE_ROWS * tile), sums)
+    put_tile(word(job + OUT) + 4 * width * word(pair(job, place)), width, tile, 0, sums)
 
 
 def _first(job, record, tile):
@@ -354,16 +366,6 @@ def _linear(job, task):
                 row = word(job + L_OUT) + 4 * width * (start + i)
                 put_tile(row, width, tile, 0, sums + _ROW_BYTES * i)
                 put_tile(row, width, other, 0, sums + TILE_BYTES + _ROW_BYTES * i)
-
-
-@njit("void(int64, int64, int64, int64, int64)", cache=True)
-def put_tile(to, width, tile, bias, sums):
-    """The sums of a tile, and its bias (0: none), in a row of results; if there is such a tile."""
-    for r in range(TILE_ROWS * tile, min(TILE_ROWS * (tile + 1), width)):
-        value = real(sums + 4 * (r - TILE_ROWS * tile))
-        if bias != 0:
-            value += real(bias + 4 * r)
-        put_real(to + 4 * r, value)
 
 
 @lru_cache

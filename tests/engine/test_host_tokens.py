@@ -20,10 +20,11 @@ from tierrun.engine.host.attention import QuickAttention
 from tierrun.engine.host.cache import GrowingLayer, let_grow
 from tierrun.engine.host.experts import compute_seconds
 from tierrun.engine.host.linears import QuickLinear
-from tierrun.engine.host.norms import TokenNorm, quicken_norms
+from tierrun.engine.host.norms import QuickNorm, quicken_norms
 from tierrun.engine.host.routers import QuickRouter
 from tierrun.engine.host.threads import TorchThreads
 from tierrun.engine.kernels.token_experts import TokenExperts
+from tierrun.engine.kernels.workers import Workers
 
 UNUSUAL = (
     *("qwen3_next", "qwen3_5_moe_text", "kimi_linear", "bailing_hybrid", "granitemoehybrid"),
@@ -40,22 +41,20 @@ def test_what_is_recognised_is_computed_so_and_not_with_exact(packed: Path) -> N
         layers = len(quick.store.manifest.layers)
         for kind, wanted in ((QuickAttention, layers), (QuickRouter, layers), (QuickLinear, 1)):
             assert count(quick, kind) >= wanted and count(exact, kind) == 0
-        assert count(quick, TokenNorm) > 2 * layers and count(exact, TokenNorm) == 0
+        assert count(quick, QuickNorm) > 2 * layers and count(exact, QuickNorm) == 0
         near, wanted_logits = fed(quick), fed(exact)
         assert not torch.equal(near, wanted_logits)
         assert (near - wanted_logits).norm() < 0.1 * wanted_logits.norm()
 
 
-def test_prompts_and_stores_without_packed_weights_are_none_of_it(
-    packed: Path, model: Model
-) -> None:
+def test_stores_without_packed_weights_are_none_of_it(packed: Path, model: Model) -> None:
     with opened(model.store) as plain:
-        assert count(plain, TokenNorm) == count(plain, QuickRouter) == 0
+        assert count(plain, QuickNorm) == count(plain, QuickRouter) == 0
     norm = nn.RMSNorm(16, eps=1e-6).requires_grad_(False)
     prompt, token = torch.randn(1, 7, 16), torch.randn(1, 1, 16)
     wanted = norm(prompt), norm(token)
-    assert quicken_norms(norm) == 1
-    assert torch.equal(norm(prompt), wanted[0])
+    assert quicken_norms(norm, Workers(2)) == 1
+    torch.testing.assert_close(norm(prompt), wanted[0])
     torch.testing.assert_close(norm(token), wanted[1])
 
 
@@ -147,7 +146,7 @@ class OtherNorm(_Other):
 
 def test_what_is_not_recognised_stays_as_it_is() -> None:
     norm = OtherNorm()
-    assert quicken_norms(norm) == 0 and type(norm) is OtherNorm
+    assert quicken_norms(norm, Workers(1)) == 0 and type(norm) is OtherNorm
 
 
 def test_torch_has_one_thread_where_kernels_compute() -> None:
