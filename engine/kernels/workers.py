@@ -3,7 +3,9 @@
 
 A job is a number of tasks, numbered, that threads take one after another; the caller takes them,
 too. No thread must come: what the others have not begun when the caller is through it has done
-itself. So a sleeping, busy or missing worker costs speed, never an answer.
+itself. So a sleeping, busy or missing worker costs speed, never an answer. A thread takes several
+tasks that follow one another, fewer as the end comes near (guided self-scheduling, Polychronopoulos
+and Kuck 1987): what it prefetches behind one task's weights is its next task's.
 
 Guarantees: when `finish` returns every task has ended, its writes are seen, and no worker looks at
 the job any more.
@@ -35,8 +37,11 @@ from tierrun.engine.kernels.native import (
 
 OPEN, NEXT, ACTIVE, SLEEPERS, JOB = 0, 128, 256, 384, 512
 """Bytes into the state, a pair of cache lines each. OPEN is the number of the job that has tasks,
-0 between jobs, or STOP. At JOB: function, argument, tasks, number of the last job."""
+0 between jobs, or STOP. At JOB: function, argument, tasks, number of the last job; parts that what
+is left is cut into, of which a thread takes one."""
 STATE_BYTES = 640
+_SHARES = 2
+"""Parts for each thread."""
 STOP = -1
 
 SPINS = 1 << 14
@@ -53,6 +58,7 @@ class Workers:
         self._memory = np.zeros(STATE_BYTES // 8 + 16, np.int64)
         state = -(-self._memory.ctypes.data // 128) * 128
         self._state = state
+        self._memory[(state - self._memory.ctypes.data + JOB + 32) // 8] = _SHARES * threads
         self._lock = threading.Lock()
         others = [_thread(number, state, self._memory) for number in range(1, threads)]
         weakref.finalize(self, _end, state, self._memory, others)
@@ -156,12 +162,14 @@ def _await(state: int, seen: int, spins: int) -> int:
 @njit("void(int64)", nogil=True, cache=True)
 def _take(state: int) -> None:
     function, argument = word(state + JOB), word(state + JOB + 8)
-    tasks = word(state + JOB + 16)
+    tasks, shares = word(state + JOB + 16), word(state + JOB + 32)
     while True:
-        task = add_atomic(state + NEXT, 1)
-        if task >= tasks:
+        some = max(1, (tasks - load_atomic(state + NEXT)) // shares)
+        first = add_atomic(state + NEXT, some)
+        if first >= tasks:
             return
-        call(function, argument, task)
+        for task in range(first, min(first + some, tasks)):
+            call(function, argument, task)
 
 
 @njit("void(int64, int64)", nogil=True, cache=True)
