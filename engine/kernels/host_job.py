@@ -2,8 +2,8 @@
 """One call's job as compiled code sees it: words and tables by address, and the order of its tasks.
 
 Its tasks are, for each record in use, 32 rows of gate and up with their activation each, then, for
-each record again, 32 rows of down each. A task of down waits for its record's first tasks only: they
-are taken before it, and wait for nothing. So there is no barrier, and threads wait in no circle.
+each record again, 32 rows of down each. A task of down waits for its record's first tasks only:
+they are taken before it and wait for nothing, so there is no barrier, and no circle of waits.
 """
 
 from functools import lru_cache

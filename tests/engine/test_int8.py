@@ -42,15 +42,12 @@ CODECS = [
 ]
 OF_EACH_KIND = ("q4_k", "q6_k", "q8_0", "mxfp4", "iq4_nl", "int8z_g32_f16")
 """Codecs that differ in what a way does: levels, halves of spans, signs, books, zero points."""
-FAST, FAST_PANELS = (
-    [way for way in possible(int8_tasks.host_features(), panels=panels) if way != PLAIN]
-    for panels in (False, True)
-)
+FAST = [way for way in possible(int8_tasks.host_features(), panels=False) if way != PLAIN]
+OF_PANELS = possible(int8_tasks.host_features(), panels=True)
 
 
-def fast_ways(codec: str, *, panels: bool) -> list[Way]:
-    """What is tried beside the plain way: it takes long to compile them all for every codec."""
-    ways = FAST_PANELS if panels else FAST
+def tried(codec: str, ways: list[Way]) -> list[Way]:
+    """Of `ways` those that are compared for a codec: to compile all for every one takes long."""
     return ways if codec in OF_EACH_KIND else ways[:1]
 
 
@@ -149,7 +146,7 @@ def test_every_way_gives_the_bits_of_the_plain_one(
         x = np.sign(x)  # codes of activations are ±127
     wanted = multiply(packed, x, PLAIN)
     assert np.isfinite(wanted).all()
-    for way in fast_ways(name, panels=False):
+    for way in tried(name, FAST):
         assert np.array_equal(multiply(packed, x, way), wanted), way
 
 
@@ -170,7 +167,7 @@ def test_panels_give_the_bits_of_few_tokens(
     if largest:
         x = np.sign(x)
     wanted = multiply(packed, x, PLAIN)
-    for way in (*fast_ways(name, panels=True), PLAIN):
+    for way in tried(name, OF_PANELS):
         assert np.array_equal(multiply_many(packed, x, way, 1 + seed % 2), wanted), way
 
 
@@ -216,7 +213,7 @@ def test_what_is_not_finite_makes_products_nan(value: float) -> None:
     x[0, 40] = value
     packed = random_matrix("q4_k", 64, 64, 1, largest=False)
     found = [multiply(packed, x, way) for way in (*FAST, PLAIN)]
-    found += [multiply_many(packed, x, way) for way in (*FAST_PANELS, PLAIN)]
+    found += [multiply_many(packed, x, way) for way in OF_PANELS]
     for spoilt, sound in found:
         assert np.isnan(spoilt).all() and np.isfinite(sound).all()
 
