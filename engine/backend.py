@@ -12,6 +12,7 @@ from tierrun.engine.compiled import CompiledExperts
 from tierrun.engine.context import Context, CpuContext
 from tierrun.engine.devices import choose_device
 from tierrun.engine.experts import ExpertsHook
+from tierrun.engine.host.heap import keep_heap
 from tierrun.engine.host.threads import TorchThreads
 from tierrun.engine.kernels.cpu import cpu_kernels
 from tierrun.engine.kernels.int8_linear import Int8Linear
@@ -86,6 +87,7 @@ class HostBackend:
     def __init__(
         self, store: Store, weights: ResidentWeights, options: Options, ledger: Ledger
     ) -> None:
+        keep_heap()
         threads = options.kernel_threads
         self.chunk = options.host_chunk
         vram = resolve_vram(options.vram, "cpu")

@@ -1,5 +1,6 @@
 """int8 kernels: every way gives the bits of the plain one, and what that gives is right."""
 
+import platform
 from types import ModuleType
 
 import numpy as np
@@ -16,7 +17,7 @@ from tierrun.engine.codecs.codec import find_codec
 from tierrun.engine.codecs.packed import Packed
 from tierrun.engine.codecs.planes import Fields, pack
 from tierrun.engine.gpu.activations import apply_gate
-from tierrun.engine.kernels import int8_many, int8_panel, int8_tasks, int8_tile
+from tierrun.engine.kernels import int8_amx, int8_many, int8_panel, int8_tasks, int8_tile
 from tierrun.engine.kernels.geometry import packed_geometry
 from tierrun.engine.kernels.host_product import Product
 from tierrun.engine.kernels.int8 import FEW_TOKENS, obstacle
@@ -276,6 +277,31 @@ def test_gates_are_those_of_torch(kind: str, turns: bool) -> None:
     first, second = (both[0::2], both[1::2]) if turns else (gates, ups)
     slack = 1e-6 * (1 + np.abs(first, dtype=np.float64)) * (1 + np.abs(second, dtype=np.float64))
     assert ((np.abs(out - wanted) <= slack) | np.isnan(wanted)).all()
+
+
+class Refusing:
+    """A C library whose system grants nothing."""
+
+    def __init__(self, name: None, use_errno: bool) -> None:
+        pass
+
+    def syscall(self, *numbers: int) -> int:
+        return -1
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is Intel's")
+def test_tile_registers_that_are_refused_are_not_used_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    has_amx = dict.fromkeys(("amx-int8", "amx-tile", "avx512bw", "avx512vl", "avx512vnni"), True)
+    monkeypatch.setattr(int8_tasks.binding, "get_host_cpu_features", lambda: has_amx)
+    monkeypatch.setattr(int8_amx.ctypes, "CDLL", Refusing)
+    for function in (int8_amx.granted, int8_tasks.host_features):
+        monkeypatch.setattr(
+            sys.modules[function.__module__], function.__name__, function.__wrapped__
+        )
+    assert "amx-int8" not in int8_tasks.host_features()
+    assert "AMX is not used" in caplog.text
 
 
 AVX_512 = "+avx512f,+avx512bw,+avx512vl,+avx512vnni"

@@ -9,7 +9,7 @@ from tests.codecs import random_fields
 from tierrun.engine.codecs.codec import find_codec
 from tierrun.engine.codecs.packed import Packed
 from tierrun.engine.codecs.planes import pack
-from tierrun.engine.kernels import reals
+from tierrun.engine.kernels import prompt_rows, reals
 from tierrun.engine.kernels.int8_linear import Int8Linear
 from tierrun.engine.kernels.token_attention import SPAN, Heads, TokenAttention
 from tierrun.engine.kernels.token_products import TokenProducts
@@ -43,6 +43,26 @@ def test_a_weighted_sum_is_taken_in_the_order_of_its_rows() -> None:
     for row, weight in zip(x, weights, strict=True):
         wanted = row * weight + wanted
     assert torch.equal(y, wanted)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 3, 100])
+def test_weighted_sums_of_a_prompt_have_the_bits_of_a_tokens(tokens: int, threads: int) -> None:
+    x, weights = torch.randn(tokens, 8, 2048), torch.rand(tokens, 8)
+    wanted = torch.empty(tokens, 2048)
+    for given, row, y in zip(x, weights, wanted, strict=True):
+        reals.weighted_sum(given.data_ptr(), row.data_ptr(), 8, 2048, y.data_ptr())
+    assert torch.equal(prompt_rows.weighted_sums(Workers(threads), x, weights), wanted)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 1, 64), (3, 100, 64), (1, 77, 2048)])
+def test_norms_of_a_prompt_have_the_bits_of_a_tokens(shape: tuple[int, ...], threads: int) -> None:
+    x, scale = torch.randn(shape), torch.rand(shape[-1])
+    wanted = torch.empty(shape)
+    rows, given = x.numel() // shape[-1], (x.data_ptr(), scale.data_ptr())
+    reals.rms_norm(*given, rows, shape[-1], 1e-5, wanted.data_ptr())
+    assert torch.equal(prompt_rows.norm(Workers(threads), x, scale, 1e-5), wanted)
 
 
 def matrix(codec: str, rows: int, columns: int) -> Packed:
