@@ -44,8 +44,8 @@ class Call(NamedTuple):
 
 def calls() -> dict[str, tuple[ModuleType, str]]:
     """What a token's compiled calls are called, and where their callers find them."""
-    from tierrun.engine.host import norms
     from tierrun.engine.kernels import (
+        prompt_rows,
         token_attention,
         token_experts,
         token_layer,
@@ -62,7 +62,7 @@ def calls() -> dict[str, tuple[ModuleType, str]]:
         "experts, begun": (token_experts, "begin_experts"),
         "experts": (token_experts, "finish_experts"),
         "linear": (token_products, "multiply"),
-        "norm": (norms, "rms_norm"),
+        "norm": (prompt_rows, "rms_norm"),
     }
 
 

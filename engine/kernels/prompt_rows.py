@@ -23,9 +23,13 @@ _TASK_NUMBERS = 1 << 16
 def norm(workers: Workers, x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
     """The RMS norm of rows of `scale`'s length, fp32 and contiguous as they are."""
     y, count = torch.empty_like(x), scale.numel()
-    number = int(np.float32(eps).view(np.int32))
-    given = x.data_ptr(), scale.data_ptr(), y.data_ptr()
-    _run(workers, _functions()[0], given, x.numel() // count, count, number, count)
+    source, factors, target = x.data_ptr(), scale.data_ptr(), y.data_ptr()
+    if x.numel() <= _TASK_NUMBERS:  # a token
+        rms_norm(source, factors, x.numel() // count, count, eps, target)
+    else:
+        number = int(np.float32(eps).view(np.int32))
+        given = source, factors, target
+        _run(workers, _functions()[0], given, x.numel() // count, count, number, count)
     return y
 
 
@@ -35,7 +39,10 @@ def weighted_sums(workers: Workers, outputs: torch.Tensor, weights: torch.Tensor
     tokens, k, width = outputs.shape
     y = outputs.new_empty(tokens, width)
     given = outputs.data_ptr(), weights.data_ptr(), y.data_ptr()
-    _run(workers, _functions()[1], given, tokens, width, k, k * width)
+    if tokens == 1:
+        weighted_sum(*given[:2], k, width, given[2])
+    else:
+        _run(workers, _functions()[1], given, tokens, width, k, k * width)
     return y
 
 
@@ -51,10 +58,7 @@ def _run(
     """`numbers` are read for a row."""
     each = max(1, _TASK_NUMBERS // numbers)
     job = np.array([*given, rows, count, number, each], np.int64)
-    if rows <= each:
-        function.ctypes(job.ctypes.data, 0)
-    else:
-        workers.run(function.address, job.ctypes.data, -(-rows // each))
+    workers.run(function.address, job.ctypes.data, -(-rows // each))
 
 
 def _norm(job, task):
