@@ -87,7 +87,8 @@ class HostExperts:
             self._row_words = 0
         # bytes from one row between the products to the next: fp32, or blocks, which are smaller
         self._stride = align_up(4 * align_up(self._inner, int8_rows.BLOCK), _ALIGNMENT)
-        self._host, self._prepare, self._panels = host_job, int8_tasks.prepare, int8_many
+        self._host, self._panels = host_job, int8_many
+        self._prepare, self._prepare_rows = int8_tasks.prepare, int8_tasks.prepare_rows
         self._panel = int8_rows.PANEL
         self._panel_words = int8_rows.panel_bytes(self._hidden) // 8
         self._inner_panel = int8_rows.panel_bytes(self._inner)
@@ -137,7 +138,10 @@ class HostExperts:
         if rows is None:
             rows = which[:0]
             assert len(out) == len(which)
-        many = self._plan is not None and len(hidden) > FEW_TOKENS
+        # unpacking a whole panel's worth for a few tokens of each expert takes longer than it saves
+        many = self._plan is not None and len(which) > FEW_TOKENS * len(addresses)
+        if self._plan is not None and not many and len(hidden) > len(which) > 0:
+            hidden, tokens = _used(hidden, tokens)
         most = self._panel if many else len(which) + 1
         self._table = _room(self._table, self._table_words(len(addresses), len(which), most))
         given = addresses, tokens, len(hidden), which, rows, most, self._table
@@ -148,8 +152,10 @@ class HostExperts:
         job = self._job.ctypes.data
         if many:
             self._workers.run(self._panels.prepare().address, job, used * self._panels.SLICES)
-        elif self._plan is not None:
+        elif self._plan is not None and len(hidden) <= FEW_TOKENS:
             self._prepare(job, len(hidden))
+        elif self._plan is not None:
+            self._workers.run(self._prepare_rows().address, job, len(hidden))
         self._workers.begin(self._perform, job, used * (tasks.first_tasks + tasks.down_tasks))
 
     def finish(self) -> bool:
@@ -246,6 +252,16 @@ class HostExperts:
     def _table_words(self, records: int, assignments: int, most: int) -> int:
         """Of a table of so many, with at most `most` assignments in a row."""
         return (records + assignments // most) * (self._host.TABLE_ROW // 8) + 2 * assignments
+
+
+def _used(
+    hidden: NDArray[np.float32], tokens: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The rows of `hidden` that are among `tokens`, and those of them that `tokens` are."""
+    used, numbers = np.unique(tokens, return_inverse=True)
+    if used[0] < 0 or used[-1] >= len(hidden):
+        raise IndexError(f"no such token among {len(hidden)}")
+    return hidden[used], numbers
 
 
 def _room(memory: NDArray[np.int64], words: int) -> NDArray[np.int64]:

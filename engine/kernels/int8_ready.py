@@ -81,6 +81,7 @@ def _around_few() -> None:
     from tierrun.engine.kernels import int8_tasks
 
     int8_tasks.linear()
+    int8_tasks.prepare_rows()
     int8_tasks.tasks(0, 0)
 
 

@@ -337,6 +337,19 @@ def prepare(job, tokens):
             quantise_row(source, columns, word(job + HIDDEN) + row_bytes(columns) * token)
 
 
+def _prepare_row(job, token):
+    """Quantise the activations of one token."""
+    columns = word(word(word(job + PLAN) + FIRST + MATRIX) + 8 * COLUMNS)
+    source = word(job + UNQUANTISED) + 4 * columns * token
+    quantise_row(source, columns, word(job + HIDDEN) + row_bytes(columns) * token)
+
+
+@lru_cache
+def prepare_rows() -> Any:
+    """What `workers` calls for each token of a job, as `prepare` does at once."""
+    return cfunc("void(int64, int64)", cache=True)(_prepare_row)
+
+
 L_CODE, L_MATRIX, L_BASE, L_TOKENS, L_ROWS, L_OUT, L_TILES, L_INPUT = 0, 8, 16, 24, 32, 40, 48, 56
 """Bytes into the job of one matrix: its tile function, geometry and bytes by address; tokens, their
 rows of blocks and of results [tokens, out] by address; tiles of a task; where the activations are.

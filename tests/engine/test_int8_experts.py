@@ -102,6 +102,20 @@ def test_many_tokens_give_the_bits_of_few(gate: Gate, tokens: int) -> None:
     assert np.array_equal(found, np.concatenate(few))
 
 
+def test_few_of_many_tokens_are_computed_as_if_alone() -> None:
+    """Where experts have few tokens each, only these are quantised."""
+    layer = Layer("q4_k", 300, 45, bias="bf16")
+    experts, x = HostExperts(layer.layout, 2, int8=True), layer.activations(40)
+    tokens, which = [39, 5, 17, 39], [0, 1, 2, 2]
+    found = layer.compute(experts, x, tokens, which)
+    for row, token, record in zip(found, tokens, which, strict=True):
+        alone = layer.compute(experts, x[token : token + 1], [0], [record])
+        assert np.array_equal(row, alone[0])
+    for wrong in (-1, 40):
+        with pytest.raises(IndexError, match="no such token among 40"):
+            layer.compute(experts, x, [5, wrong], [0, 1])
+
+
 def test_results_go_to_the_rows_that_are_asked_for() -> None:
     layer = Layer("q8_0", 64, 32)
     experts = HostExperts(layer.layout, 1, int8=True)
