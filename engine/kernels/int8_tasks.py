@@ -326,22 +326,22 @@ def _functions() -> tuple[Any, Any]:
     return first, down
 
 
-@njit("void(int64, int64)", nogil=True, cache=True)
-def prepare(job, tokens):
-    """Quantise the activations of a job, of so many tokens, if it is one of int8."""
-    plan = word(job + PLAN)
-    if plan != 0:
-        columns = word(word(plan + FIRST + MATRIX) + 8 * COLUMNS)
-        for token in range(tokens):
-            source = word(job + UNQUANTISED) + 4 * columns * token
-            quantise_row(source, columns, word(job + HIDDEN) + row_bytes(columns) * token)
-
-
 def _prepare_row(job, token):
     """Quantise the activations of one token."""
     columns = word(word(word(job + PLAN) + FIRST + MATRIX) + 8 * COLUMNS)
     source = word(job + UNQUANTISED) + 4 * columns * token
     quantise_row(source, columns, word(job + HIDDEN) + row_bytes(columns) * token)
+
+
+_row_here = njit("void(int64, int64)", nogil=True, cache=True)(_prepare_row)
+
+
+@njit("void(int64, int64)", nogil=True, cache=True)
+def prepare(job, tokens):
+    """Quantise the activations of a job, of so many tokens, if it is one of int8."""
+    if word(job + PLAN) != 0:
+        for token in range(tokens):
+            _row_here(job, token)
 
 
 @lru_cache
